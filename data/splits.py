@@ -1,0 +1,86 @@
+"""Which patients train, which validate: a pure function of the patient's id, so that adding data moves nobody."""
+
+import collections
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+NAMES = ("train", "select", "val", "control")
+FRACTIONS = {"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15}
+
+
+def uniform(patient: str, salt: str) -> float:
+    """A number in [0, 1) that depends on nothing but the patient's id and the salt."""
+    return int.from_bytes(hashlib.sha256(f"{salt}\0{patient}".encode()).digest()[:6], "big") / 2**48
+
+
+def assign(
+    patients: Sequence[str],
+    given: Sequence[str] = (),
+    *,
+    fractions: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Gives every image the split of its patient.
+
+    Four disjoint sets of patients: 'train' fits the models; 'select', carved from the training patients, chooses their
+    checkpoints; 'val' sets the audit's threshold; 'control' is the audit's negative control.
+
+    Args:
+      patients: patient id of each image.
+      given: for each image a split that the data's owner says, or ''. It wins over the hash, for all of that patient's
+        images. 'test' means 'control'. Where nobody is given 'select', it is carved by hash from those given 'train';
+        likewise 'control' from 'val', or 'val' from 'control'; in the proportions of `fractions`.
+      fractions: expected share of the patients in each split; what they sum to short of 1 is left in no split.
+      seed: another seed is another partition, as for cross-validation.
+    Returns:
+      (n,) str, each one of NAMES or ''.
+    Raises:
+      ValueError: a bad fraction or split name, or a patient given two splits.
+    """
+    fractions = FRACTIONS if fractions is None else fractions
+    shares = {name: fractions.get(name, 0.0) for name in NAMES}
+    if set(fractions) - set(NAMES) or min(shares.values()) < 0 or not 0 < sum(shares.values()) < 1 + 1e-9:
+        raise ValueError(
+            f"data.fractions needs shares of {', '.join(NAMES)} that sum to at most 1, not {dict(fractions)}"
+        )
+    edges = dict(zip(NAMES, np.cumsum(list(shares.values())), strict=True))
+    # Where the shares sum to 1 but for rounding, the last split takes what is left.
+    rest = [name for name in NAMES if shares[name] > 0][-1] if sum(shares.values()) > 1 - 1e-9 else ""
+    said = _said(patients, given) if given else {}
+    carved = {}  # split said -> (split carved out of it, its share)
+    for whole, part in (("train", "select"), ("val", "control"), ("control", "val")):
+        if part not in said.values() and shares[part]:
+            carved[whole] = part, shares[part] / (shares[part] + shares[whole])
+    salt = f"facsimile-{seed}"
+
+    def split_of(patient: str) -> str:
+        if patient in said:
+            part, share = carved.get(said[patient], ("", 0))
+            return part if uniform(patient, f"{salt}-{part}") < share else said[patient]
+        return next((name for name in NAMES if uniform(patient, salt) < edges[name]), rest)
+
+    table = {patient: split_of(patient) for patient in dict.fromkeys(patients)}
+    return np.array([table[patient] for patient in patients], dtype="U8")
+
+
+def first(patients: Sequence[str], count: int, *, seed: int = 0) -> np.ndarray:
+    """Indices, ascending, of `count` images: whole patients in the order of their hash, the last one cut."""
+    order = sorted(
+        range(len(patients)), key=lambda i: (uniform(patients[i], f"facsimile-{seed}-first"), patients[i], i)
+    )
+    return np.sort(np.array(order[:count], dtype=np.int64))
+
+
+def _said(patients: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    said = collections.defaultdict(set)
+    for patient, split in zip(patients, given, strict=True):
+        if split and split not in (*NAMES, "test"):
+            raise ValueError(f"patient {patient}: no split {split!r}; a manifest's are {', '.join(NAMES)}, test")
+        if split:
+            said[patient].add("control" if split == "test" else split)
+    for patient, names in said.items():
+        if len(names) > 1:
+            raise ValueError(f"patient {patient} is in the splits {' and '.join(sorted(names))}; correct the manifest")
+    return {patient: names.pop() for patient, names in said.items()}

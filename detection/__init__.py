@@ -1,0 +1,3 @@
+"""The audit: copy detector, neighbour search, calibration, controls, report. Sees arrays; knows no generator."""
+
+from detection.detector import build, train

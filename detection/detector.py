@@ -1,0 +1,102 @@
+"""The copy detector: a contrastive encoder, its training and its embeddings."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from detection import encoder
+from launch import checkpoint, loop
+
+
+class Detector(NamedTuple):
+    """Encoder without its parameters, for images of `image_shape`; `folder` holds what is trained."""
+
+    encoder: nn.Module
+    image_shape: tuple[int, ...]
+    temperature: float
+    folder: Path
+
+
+def build(image_shape: tuple[int, ...], folder: Path, *, temperature: float, **arch: Any) -> Detector:
+    """Detector from the config's section `detector`."""
+    return Detector(encoder.build(**arch), image_shape, temperature, folder)
+
+
+def rescale(x: jax.Array) -> jax.Array:
+    """Each image to [-1, 1] by its own minimum and maximum, as the paper feeds its detector; a constant image to -1."""
+    axes = tuple(range(1, x.ndim))
+    low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
+    return 2 * (x - low) / jnp.maximum(high - low, 1e-6) - 1
+
+
+def nt_xent(a_BxD: jax.Array, b_BxD: jax.Array, temperature: float) -> jax.Array:
+    """NT-Xent (Chen et al. 2020, Eq. 1) over the global batch: cosine similarities, all other 2B - 2 views negative."""
+    z = jnp.concatenate([a_BxD, b_BxD])
+    z = z * jax.lax.rsqrt((z**2).sum(-1, keepdims=True) + 1e-12)
+    n = z.shape[0]
+    sim = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, z @ z.T / temperature)
+    partner = jnp.take_along_axis(sim, ((jnp.arange(n) + n // 2) % n)[:, None], axis=1)[:, 0]
+    return (jax.nn.logsumexp(sim, axis=1) - partner).mean()
+
+
+def task(detector: Detector, augment: Callable[[jax.Array, jax.Array], jax.Array], both: bool) -> loop.Task:
+    """NT-Xent between an image and its augmented view (`both`: two augmented views).
+
+    Args:
+      augment: `augment(key, x) -> x`, on the device.
+    """
+
+    def init(key: jax.Array) -> Any:
+        return detector.encoder.init(key, jnp.zeros((1, *detector.image_shape)))
+
+    def loss(params: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        one_key, other_key, drop_key = jax.random.split(key, 3)
+        views = jnp.concatenate([augment(one_key, x) if both else x, augment(other_key, x)])
+        z = detector.encoder.apply(params, rescale(views), train=True, rngs={'dropout': drop_key})
+        a, b = jnp.split(z, 2)
+        return nt_xent(a, b, detector.temperature), {}
+
+    return loop.Task(init, loss)
+
+
+def train(
+    detector: Detector,
+    images: Sequence,
+    held_out: Sequence,
+    *,
+    batches: Callable,
+    in_order: Callable,
+    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    both: bool,
+    key: jax.Array,
+    batch: int,
+    optimiser: dict,
+    **fit: Any,
+) -> None:
+    """Trains and publishes the parameters with the lowest loss on `held_out`."""
+    if checkpoint.published(detector.folder) == fit['steps']:
+        return
+    state = loop.fit(
+        'detector',
+        task(detector, augment, both),
+        lambda start: batches(images, batch=batch, start=start),
+        folder=detector.folder,
+        tx=loop.optimiser(steps=fit['steps'], **optimiser),
+        key=key,
+        held_out=lambda: loop.whole_batches(in_order, held_out, batch),
+        select=True,
+        **fit,
+    )
+    checkpoint.publish(detector.folder, fit['steps'], state.best)
+
+
+def embedder(detector: Detector) -> Callable[[jax.Array], jax.Array]:
+    """A jitted function: images (B, *S, C) -> embeddings (B, dim) of the trained detector."""
+    init = task(detector, lambda key, x: x, both=False).init
+    params = checkpoint.load(detector.folder, jax.eval_shape(init, jax.random.key(0)))
+    apply = jax.jit(lambda params, x: detector.encoder.apply(params, rescale(x)))
+    return lambda x: apply(params, x)

@@ -1,0 +1,79 @@
+"""Orbax behind a few functions, and small files written aside and then renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from launch import mesh
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all; only the first process writes."""
+    if jax.process_index() == 0:
+        aside = path.with_name(f'.{path.name}.{os.getpid()}')
+        aside.write_text(text)
+        os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON with sorted layout kept as given and NaN refused (ValueError)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
+
+
+def manager(folder: Path, keep: int = 2) -> ocp.CheckpointManager:
+    """Asynchronous checkpoints of the last `keep` saved steps under `folder`; each is complete or absent."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Starts saving `state` (the device-to-host copy is done on return, so its buffers may be donated)."""
+    if checkpoints.latest_step() != step:
+        checkpoints.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int | None = None) -> Any:
+    """Restores onto the current mesh, whatever mesh it was saved from.
+
+    Args:
+      abstract: tree of arrays or ShapeDtypeStructs of the state; shardings follow from the shapes.
+      step: the newest if None.
+    """
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        mesh.shardings(abstract),
+    )
+    step = checkpoints.latest_step() if step is None else step
+    return checkpoints.restore(step, args=ocp.args.StandardRestore(target))
+
+
+def publish(folder: Path, step: int, weights: Any) -> None:
+    """Saves what a finished stage is used for, without its optimiser, as `folder/weights`: the mark of a stage done."""
+    with manager(folder / 'weights', keep=1) as weights_manager:
+        save(weights_manager, step, weights)
+
+
+def published(folder: Path) -> int | None:
+    """The step of a stage's published weights, None if it has none."""
+    if not (folder / 'weights').is_dir():
+        return None
+    with manager(folder / 'weights') as weights_manager:
+        return weights_manager.latest_step()
+
+
+def load(folder: Path, abstract: Any) -> Any:
+    """A finished stage's published weights.
+
+    Raises:
+      FileNotFoundError: if there are none; the message names the folder and the mend.
+    """
+    step = published(folder)
+    if step is None:
+        raise FileNotFoundError(f'{folder}: no trained weights here; run --mode=train with this --workdir first')
+    with manager(folder / 'weights') as weights_manager:
+        return restore(weights_manager, abstract, step)

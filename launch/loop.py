@@ -1,0 +1,211 @@
+"""The one training loop. A task is two pure functions; everything about machines and failures is here."""
+
+import functools
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from launch import checkpoint, layers, log, mesh
+
+
+class Task(NamedTuple):
+    """What is trained: `init(key) -> params` and `loss(params, batch, key) -> (scalar, {name: scalar})`."""
+
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class State(NamedTuple):
+    """Everything that a run needs to go on; randomness and data position follow from `step`."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: dict[str, Any]  # decay as text -> averaged parameters
+    best: Any  # parameters of the lowest selection loss so far; () where nothing is selected
+    best_loss: jax.Array
+
+
+def optimiser(
+    *, steps: int, rate: float, warmup: int = 0, decay_to: float = 1.0, weight_decay: float = 0.0, clip: float = 1.0
+) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015; AdamW where `weight_decay` > 0) after clipping the gradients' global norm.
+
+    The rate warms up linearly for `warmup` steps, then follows a cosine to `decay_to * rate` at `steps`.
+    """
+    cosine = optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=decay_to)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), cosine], [warmup]) if warmup else cosine
+    adam = optax.adamw(schedule, weight_decay=weight_decay) if weight_decay else optax.adam(schedule)
+    return optax.chain(optax.clip_by_global_norm(clip), adam)
+
+
+def create(key: jax.Array, *, task: Task, tx: optax.GradientTransformation, ema: tuple[float, ...], select: bool) -> State:
+    """The state before the first step; `select` reserves room for the parameters of the best selection loss."""
+    params = layers.init(task.init, key)
+    copy = functools.partial(jax.tree.map, jnp.copy)
+    averages = {str(decay): copy(params) for decay in ema}
+    return State(jnp.int32(0), params, tx.init(params), averages, copy(params) if select else (), jnp.float32(jnp.inf))
+
+
+def train_step(
+    state: State, batch: Any, *, task: Task, tx: optax.GradientTransformation, key: jax.Array
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimiser step and one step of every moving average (warmed up as min(decay, (1 + t) / (10 + t)))."""
+    gradient = jax.value_and_grad(task.loss, has_aux=True)
+    (loss, metrics), grads = gradient(state.params, batch, jax.random.fold_in(key, state.step))
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    warm = (1.0 + state.step) / (10.0 + state.step)
+    ema = {
+        decay: optax.incremental_update(params, average, 1.0 - jnp.minimum(float(decay), warm))
+        for decay, average in state.ema.items()
+    }
+    metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **metrics}
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def keep_best(state: State, loss: jax.Array) -> State:
+    """Remembers the parameters if this selection loss is the lowest so far."""
+    better = loss < state.best_loss
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.params, state.best)
+    return state._replace(best=best, best_loss=jnp.minimum(loss, state.best_loss))
+
+
+def fit(
+    name: str,
+    task: Task,
+    batches: Callable[[int], Iterable[Any]],
+    *,
+    folder: Path,
+    steps: int,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    ema: tuple[float, ...] = (),
+    prepare: Callable[[Any, jax.Array], Any] | None = None,
+    held_out: Callable[[], Iterable[Any]] | None = None,
+    select: bool = False,
+    save_every: int = 500,
+    eval_every: int = 250,
+    log_every: int = 20,
+) -> State:
+    """Trains `task` for `steps` steps, from the newest checkpoint in `folder` if there is one.
+
+    Args:
+      name: what the progress line and messages call it.
+      batches: `batches(start)` yields this process's rows of the global batches of steps start, start + 1, ...
+      key: the run's randomness; step t uses `fold_in(key, t)`.
+      ema: decays of the moving averages to keep.
+      prepare: jitted `prepare(batch, key) -> batch` run on the device before the step (frozen models, augmentation).
+      held_out: yields global batches whose mean loss is reported as `held_out_loss` every `eval_every` steps.
+      select: keep the parameters with the best held-out loss in `State.best`.
+    Returns:
+      The state after the last step.
+    Raises:
+      FloatingPointError: on a non-finite loss, naming the step and the last good checkpoint.
+      SystemExit: with code 0 after SIGTERM, once a checkpoint is saved; the same command goes on from there.
+    """
+    make = functools.partial(create, task=task, tx=tx, ema=ema, select=select)
+    abstract = jax.eval_shape(make, key)
+    shardings = mesh.shardings(abstract)
+    init_key, step_key, prepare_key, eval_key = jax.random.split(key, 4)
+    with checkpoint.manager(folder / 'checkpoints') as checkpoints, _Terminated() as terminated:
+        start = checkpoints.latest_step() or 0
+        if start:
+            state = checkpoint.restore(checkpoints, abstract)
+        else:
+            state = jax.jit(make, out_shardings=shardings)(init_key)
+        if start >= steps:
+            return state
+        step_fn = jax.jit(
+            functools.partial(train_step, task=task, tx=tx, key=step_key),
+            donate_argnums=0,
+            out_shardings=(shardings, mesh.replicated()),
+        )
+        loss_fn = jax.jit(lambda params, batch: task.loss(params, batch, eval_key)[0])
+        best_fn = jax.jit(keep_best, donate_argnums=0, out_shardings=shardings)
+        metrics = log.Metrics(folder, start)
+        bar = log.progress(name, steps, start)
+        pending: deque[tuple[int, dict]] = deque()
+        window: list[dict] = []
+
+        def collect(waiting: int) -> None:
+            """Fetches metrics of all but the `waiting` newest steps, so that the device is never waited for."""
+            while len(pending) > waiting:
+                step, values = pending.popleft()
+                values = {k: float(v) for k, v in jax.device_get(values).items()}
+                if not all(abs(v) < float('inf') for v in values.values()):
+                    good = checkpoints.latest_step()
+                    where = f'{folder / "checkpoints" / str(good)}' if good is not None else 'none yet'
+                    bad = ', '.join(f'{k}={v}' for k, v in values.items() if not abs(v) < float('inf'))
+                    raise FloatingPointError(f'{name}: {bad} at step {step}; last good checkpoint: {where}')
+                window.append(values)
+                bar.update()
+                if (step + 1) % log_every == 0 or step + 1 == steps:
+                    means = {k: sum(w[k] for w in window) / len(window) for k in values}
+                    metrics.write(step + 1, means)
+                    bar.set_postfix(loss=f'{means["loss"]:.4f}', refresh=False)
+                    window.clear()
+
+        for step, batch in zip(range(start, steps), batches(start), strict=False):
+            batch = mesh.put(batch)
+            if prepare:
+                batch = prepare(batch, jax.random.fold_in(prepare_key, step))
+            state, values = step_fn(state, batch)
+            pending.append((step, values))
+            collect(waiting=2)
+            done = step + 1
+            stop = done == steps or terminated()
+            if held_out and (done % eval_every == 0 or done == steps):
+                losses = [loss_fn(state.params, b) for b in held_out()]
+                loss = jnp.stack(losses).mean()
+                if select:
+                    state = best_fn(state, loss)
+                metrics.write(done, {'held_out_loss': float(loss)})
+            if done % save_every == 0 or stop:
+                collect(waiting=0)
+                checkpoint.save(checkpoints, done, state)
+            if stop:
+                break
+        bar.close()
+        metrics.close()
+        checkpoints.wait_until_finished()
+        if terminated() and done < steps:
+            log.say(f'{name}: told to stop; saved at step {done}. The same command goes on from there.')
+            raise SystemExit(0)
+        return state
+
+
+def whole_batches(in_order: Callable, images: Sequence, batch: int) -> Iterator[jax.Array]:
+    """`images` in order as global batches of at most `batch`; a last one that is not full is left out.
+
+    Raises:
+      ValueError: if there are fewer images than devices.
+    """
+    devices = mesh.size()
+    batch = min(batch, len(images) // devices * devices)
+    if not batch:
+        raise ValueError(f'the selection slice has {len(images)} images, fewer than the {devices} devices: enlarge data.fractions.select')
+    for x, valid in in_order(images, batch):
+        if valid == batch:
+            yield mesh.put(x[mesh.rows(batch)])
+
+
+class _Terminated:
+    """`with _Terminated() as terminated`: SIGTERM is noted instead of killing; `terminated()` tells."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._told = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return lambda: self._told
+
+    def _note(self, *_: Any) -> None:
+        self._told = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)

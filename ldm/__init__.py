@@ -1,0 +1,13 @@
+"""Generators: autoencoder, latent UNet, diffusion maths and sampling. Sees arrays; knows neither files nor detector."""
+
+from ldm.generator import (
+    Generator,
+    Weights,
+    build,
+    encode_set,
+    load,
+    round_trip,
+    sampler,
+    train_autoencoder,
+    train_diffusion,
+)

@@ -1,0 +1,164 @@
+"""Facsimile: train a latent diffusion model on patients' images, sample it, and audit the samples for copies.
+
+    python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=runs/brain
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+import data
+import detection
+import ldm
+from data import augment, export
+from launch import log, machine, mesh, stage
+
+MODES = ("train", "sample", "audit")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.", lock_config=True)
+_MODE = flags.DEFINE_list("mode", None, f"What to do: {', '.join(MODES)}, or several in order.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; the same command goes on where it stopped.")
+flags.mark_flags_as_required(["config", "mode", "workdir"])
+flags.register_validator("mode", lambda m: not m or set(m) <= set(MODES), f"use one or more of {', '.join(MODES)}")
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise ValueError(f"unexpected argument {argv[1]!r}: every option is --name=value")
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    machine.start()
+    with jax.set_mesh(mesh.make(config.mesh.fsdp)):
+        stage.describe(workdir, config.to_dict(), log.provenance())
+        for mode in _MODE.value:
+            {"train": train, "sample": sample, "audit": audit}[mode](config, workdir)
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """The generator's two stages, then the copy detector; stages that are done are skipped."""
+    sets = data.load(**config.data.to_dict())
+    generator = build_generator(config, workdir)
+    images, held_out, pipeline = sets["train"].images, sets["select"].images, pipeline_of(config)
+    claim(config, workdir / "autoencoder", *AUTOENCODER)
+    ldm.train_autoencoder(
+        generator,
+        images,
+        held_out,
+        **pipeline,
+        augment=augmentation(config.augment.autoencoder),
+        key=key(config, 0),
+        **config.train.autoencoder.to_dict(),
+    )
+    ldm.encode_set(generator, images, in_order=data.in_order)
+    claim(config, workdir / "diffusion", *GENERATOR, grow=("train.diffusion.steps",))
+    ldm.train_diffusion(
+        generator,
+        images,
+        held_out,
+        **pipeline,
+        augment=augmentation(config.augment.diffusion),
+        key=key(config, 1),
+        **config.train.diffusion.to_dict(),
+    )
+    train_detector(config, workdir, sets)
+
+
+def sample(config: ConfigDict, workdir: Path) -> None:
+    """Image files `samples/000000.png` and on; those that exist are kept."""
+    folder, rank = workdir / "samples", len(config.data.size)
+    generator = build_generator(config, workdir)
+    weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
+    claim(config, folder, *GENERATOR, "sample", grow=("sample.n", "sample.batch"))
+    draw = ldm.sampler(generator, weights, key=key(config, 3), steps=config.sample.steps, eta=config.sample.eta)
+    paths = [folder / f"{i:06d}{export.suffix(rank)}" for i in range(config.sample.n)]
+    missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
+    with log.progress("sampling", config.sample.n, config.sample.n - len(missing), unit="image") as bar:
+        done = 0
+        for images in mesh.stream(draw, data.in_order(missing, config.sample.batch)):
+            for number, image in zip(missing[done:], images, strict=False):
+                export.write_image(paths[number], image)
+            done += len(images)
+            bar.update(len(images))
+
+
+def audit(config: ConfigDict, workdir: Path) -> None:
+    """Compares synthetic images, ours or any folder's, with the training images; writes `audit/`."""
+    sets = data.load(**config.data.to_dict())
+    train_detector(config, workdir, sets)
+    ours = config.audit.synthetic is None
+    rank = len(config.data.size)
+    synthetic = data.read_folder(
+        workdir / "samples" if ours else config.audit.synthetic,
+        size=config.data.size,
+        intensity=export.intensity(rank) if ours else config.data.intensity,
+        cache=config.data.cache,
+    )
+    detection.audit(
+        detection.build((*config.data.size, 1), workdir / "detector", **detector_of(config)),
+        sets,
+        synthetic,
+        render=ldm.round_trip(build_generator(config, workdir)) if ours else None,
+        in_order=data.in_order,
+        folder=workdir / "audit",
+        seed=config.seed,
+        **config.audit.to_dict(),
+    )
+
+
+def train_detector(config: ConfigDict, workdir: Path, sets: dict) -> None:
+    claim(config, workdir / "detector", "detector", "train.detector")
+    detection.train(
+        detection.build((*config.data.size, 1), workdir / "detector", **detector_of(config)),
+        sets["train"].images,
+        sets[config.detector.select_on].images,
+        **pipeline_of(config),
+        augment=augmentation(config.detector.augment),
+        both=config.detector.both,
+        key=key(config, 2),
+        **config.train.detector.to_dict(),
+    )
+
+
+# ---- what of the config a stage is made of
+
+AUTOENCODER = ("autoencoder", "augment.autoencoder", "train.autoencoder")
+GENERATOR = (*AUTOENCODER, "unet", "diffusion", "augment.diffusion", "train.diffusion")
+
+
+def build_generator(config: ConfigDict, workdir: Path) -> ldm.Generator:
+    sections = config.autoencoder.to_dict(), config.unet.to_dict(), config.diffusion.to_dict()
+    return ldm.build((*config.data.size, 1), workdir, **dict(zip(("coder", "net", "process"), sections, strict=True)))
+
+
+def detector_of(config: ConfigDict) -> dict:
+    return {k: v for k, v in config.detector.to_dict().items() if k not in ("augment", "both", "select_on")}
+
+
+def augmentation(section: ConfigDict):
+    """`augment(key, x) -> x`, or None where the section asks for nothing."""
+    settings = section.to_dict()
+    active = any(value for name, value in settings.items() if not name.endswith(("_p", "_axis")))
+    return functools.partial(augment.augment, **settings) if active else None
+
+
+def pipeline_of(config: ConfigDict) -> dict:
+    process = (jax.process_index(), jax.process_count())
+    return {"batches": functools.partial(data.batches, seed=config.seed, process=process), "in_order": data.in_order}
+
+
+def key(config: ConfigDict, purpose: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), purpose)
+
+
+def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> None:
+    """Refuses a folder made with other settings of these sections, of the data or of the seed."""
+    flat = stage.flatten({**config.to_dict(), "data": {**config.data.to_dict(), "cache": None, "on_error": None}})
+    mine = ("seed", "data", *sections)
+    stage.claim(folder, {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}, grow)
+
+
+if __name__ == "__main__":
+    sys.exit(machine.one_line_errors(lambda: app.run(main, flags_parser=machine.parse_flags)))

@@ -1,0 +1,50 @@
+"""Eight CPU devices for every test, and warnings of the project's own modules as errors."""
+
+import os
+
+os.environ.setdefault("FACSIMILE_QUIET", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/facsimile/tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+import pathlib  # noqa: E402
+
+import pytest  # noqa: E402
+
+from launch import mesh  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+REAL = pathlib.Path(os.environ.get("FACSIMILE_DATA") or ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture(autouse=True)
+def one_device_mesh(request):
+    """Every test runs on a mesh; those that ask for `mesh_of` make their own."""
+    if "mesh_of" in request.fixturenames:
+        yield
+        return
+    with jax.set_mesh(make_mesh(8, 1)):
+        yield
+
+
+@pytest.fixture
+def mesh_of():
+    """`mesh_of(devices, fsdp)`: a mesh of the first so many devices."""
+    return make_mesh
+
+
+def make_mesh(devices: int, fsdp: int) -> jax.sharding.Mesh:
+    return mesh.make(fsdp, devices=jax.devices()[:devices])
+
+
+@pytest.fixture
+def real_data():
+    """Folder of real images; skips where it is absent."""
+    if not REAL.is_dir():
+        pytest.skip(f"no real images at {REAL}; set FACSIMILE_DATA")
+    return REAL

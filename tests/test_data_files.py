@@ -1,0 +1,305 @@
+"""Every format there and back, intensity, geometry, and files that are not what they say."""
+
+import jax
+import nibabel
+import numpy as np
+import PIL.Image
+import pydicom
+import pytest
+import SimpleITK
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from data import export, files
+
+RNG = np.random.default_rng(0)
+EIGHT = RNG.integers(0, 256, (12, 16), dtype=np.uint8)
+SIXTEEN = RNG.integers(0, 65536, (12, 16), dtype=np.uint16)
+VOLUME = RNG.normal(0, 500, (5, 6, 7)).astype(np.float32)
+
+
+def read(path, size=(12, 16), **settings):
+    return files.read_image(str(path), size=size, **settings).array
+
+
+def scaled(array, low=0.0, high=None):
+    high = np.iinfo(array.dtype).max if high is None else high
+    return (np.clip((array.astype(np.float64) - low) / (high - low), 0, 1) * 2 - 1)[..., None]
+
+
+def save(path, array, **how):
+    PIL.Image.fromarray(array).save(path, **how)
+    return path
+
+
+def rgb(array, alpha=None):
+    return np.stack([array] * 3 + ([np.full_like(array, alpha)] if alpha is not None else []), -1)
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.TIF", "x.tiff", "x.npy"])
+@pytest.mark.parametrize("array", [EIGHT, SIXTEEN], ids=["8 bit", "16 bit"])
+def test_grey_is_exact(tmp_path, name, array):
+    path = tmp_path / name
+    np.save(path, array) if name == "x.npy" else save(path, array)
+    image = files.read_image(str(path), size=(12, 16))
+    np.testing.assert_allclose(image.array, scaled(array), atol=3e-7)
+    assert image.array.dtype == np.float32 and image.eight_bit == (array is EIGHT) and not image.resized
+    dtype = "uint8" if array is EIGHT else "uint16"
+    np.testing.assert_array_equal(files.encode(image.array, dtype)[..., 0], array)  # kept exactly
+    assert abs(files.decode(files.encode(image.array, dtype)) - image.array).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tiff"])
+def test_grey_in_colour_files(tmp_path, name):
+    for colour in (rgb(EIGHT), rgb(EIGHT, alpha=255)):
+        np.testing.assert_allclose(read(save(tmp_path / name, colour)), scaled(EIGHT), atol=1e-6)
+    for colour in (rgb(SIXTEEN), rgb(SIXTEEN, alpha=65535)):  # all 16 bits
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(colour, isVector=True), str(tmp_path / name))
+        np.testing.assert_allclose(read(tmp_path / name), scaled(SIXTEEN), atol=1e-6)
+    PIL.Image.fromarray(EIGHT).convert("LA").save(tmp_path / "la.png")
+    np.testing.assert_allclose(read(tmp_path / "la.png"), scaled(EIGHT), atol=1e-6)
+    PIL.Image.fromarray(EIGHT).convert("P").save(tmp_path / "p.png")
+    np.testing.assert_allclose(read(tmp_path / "p.png"), scaled(EIGHT), atol=1e-6)
+
+
+def test_jpeg(tmp_path):
+    smooth = (np.add.outer(np.arange(12), np.arange(16)) * 8).astype(np.uint8)
+    for array in (smooth, rgb(smooth)):
+        assert abs(read(save(tmp_path / "x.jpg", array, quality=95)) - scaled(smooth)).max() < 0.05
+
+
+def test_colour_is_refused_or_kept(tmp_path):
+    colour = RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    path = save(tmp_path / "x.png", colour)
+    with pytest.raises(ValueError, match=r"x\.png: is a colour image"):
+        read(path)
+    np.testing.assert_allclose(read(path, channels=3), scaled(colour)[..., 0], atol=1e-6)
+    with pytest.raises(ValueError, match="has 1 channels, not 3"):
+        read(save(tmp_path / "y.png", EIGHT), channels=3)
+    see_through = rgb(EIGHT, alpha=255)
+    see_through[0, 0, 3] = 7
+    with pytest.raises(ValueError, match="transparent in part"):
+        read(save(tmp_path / "z.png", see_through))
+
+
+def test_photograph_turned_by_its_exif(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    for name, how in (("x.tif", {"compression": "tiff_lzw"}), ("x.png", {})):
+        path = save(tmp_path / name, EIGHT, exif=exif, **how)
+        np.testing.assert_allclose(read(path, size=(16, 12)), scaled(np.rot90(EIGHT, -1)), atol=1e-6)
+    with pytest.raises(ValueError, match="save it upright"):
+        read(save(tmp_path / "y.tif", EIGHT, exif=exif))
+
+
+def test_volumes_agree_whatever_the_file(tmp_path):
+    """The same patient as NIfTI in two orientations, NRRD, MHA and NPY."""
+    lps = VOLUME  # D up, H to posterior, W to left
+    wanted = scaled(lps, -1000, 1000)
+    image = nibabel.Nifti1Image(lps.T[::-1, ::-1].copy(), np.diag([2.0, 3, 4, 1]))  # (R, A, S)
+    nibabel.save(image, tmp_path / "ras.nii.gz")
+    nibabel.save(image.as_reoriented([[2, -1], [0, 1], [1, -1]]), tmp_path / "other.nii")
+    itk = SimpleITK.GetImageFromArray(lps)  # identity direction: left, posterior, superior
+    SimpleITK.WriteImage(itk, str(tmp_path / "x.nrrd"))
+    SimpleITK.WriteImage(SimpleITK.DICOMOrient(itk, "SAR"), str(tmp_path / "x.mha"))
+    np.save(tmp_path / "x.npy", lps)
+    for name in ("ras.nii.gz", "other.nii", "x.nrrd", "x.mha", "x.npy"):
+        got = read(tmp_path / name, size=lps.shape, intensity="window:-1000:1000")
+        np.testing.assert_allclose(got, wanted, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [(12, 16), (5, 6, 7)])
+def test_what_we_export_comes_back(tmp_path, size):
+    image = RNG.uniform(-1, 1, (*size, 1)).astype(np.float32)
+    path = tmp_path / f"x{export.suffix(len(size))}"
+    export.write_image(path, image)
+    got = read(path, size=size, intensity=export.intensity(len(size)))
+    assert abs(got - image).max() <= (1 / 255 if len(size) == 2 else 1e-6) + 1e-6
+
+
+def dicom(path, array, bits=None, **tags):
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    header = pydicom.Dataset()
+    header.file_meta, header.PatientID = meta, "p1"
+    header.Rows, header.Columns, header.SamplesPerPixel = *array.shape, 1
+    header.BitsAllocated = 8 * array.dtype.itemsize
+    header.BitsStored = bits or header.BitsAllocated
+    header.HighBit, header.PixelRepresentation = header.BitsStored - 1, int(array.dtype.kind == "i")
+    header.PhotometricInterpretation = "MONOCHROME2"
+    header.PixelData = array.tobytes()
+    for tag, value in tags.items():
+        setattr(header, tag, value)
+    pydicom.dcmwrite(path, header, enforce_file_format=True)
+    return path
+
+
+def test_dicom(tmp_path):
+    path, twelve = tmp_path / "x.dcm", SIXTEEN // 16
+    np.testing.assert_allclose(read(dicom(path, EIGHT)), scaled(EIGHT), atol=1e-6)
+    np.testing.assert_allclose(read(dicom(path, twelve, bits=12)), scaled(twelve, 0, 4095), atol=1e-6)
+    mirrored = dicom(path, twelve, bits=12, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_allclose(read(mirrored), -scaled(twelve, 0, 4095), atol=1e-6)
+    ct = (SIXTEEN // 20).astype(np.int16)
+    hounsfield = ct.astype(np.float32) - 1024
+    dicom(path, ct, RescaleSlope=1, RescaleIntercept=-1024)
+    np.testing.assert_allclose(read(path, intensity=("window", -1000, 400)), scaled(hounsfield, -1000, 400), atol=1e-5)
+    with pytest.raises(ValueError, match="has no range to divide by; set"):
+        read(path)
+
+
+def test_real_files(real_data):
+    ct = sorted((real_data / "tcga_luad_ct").glob("*.dcm"))[0]
+    image = read(ct, size=(512, 512), intensity="window:-1024:1000")
+    assert image.min() == -1 and 0 < image.max() <= 1
+    mri = sorted((real_data / "msd_hippocampus").glob("*.nii.gz"))
+    for path in mri[:4]:
+        image = files.read_image(str(path), size=(32, 32, 32), intensity="minmax")
+        assert image.array.shape == (32, 32, 32, 1) and image.resized and image.array.min() == -1
+
+
+# ---- intensity
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_minmax_and_percentile_do_not_see_units(shift, scale):
+    pixels = files.Pixels(VOLUME[..., None], None)
+    other = files.Pixels((VOLUME[..., None].astype(np.float64) * scale + shift * scale), None)
+    for policy in ("minmax", ("percentile", 2, 98)):
+        np.testing.assert_allclose(files._scale(pixels, policy), files._scale(other, policy), atol=2e-2)
+    assert files._scale(pixels, "minmax").min() == -1 and files._scale(pixels, "minmax").max() == 1
+    clipped = np.mean(abs(files._scale(pixels, "percentile:10:90")) == 1)
+    assert abs(clipped - 0.2) < 0.03
+
+
+def test_intensity_spellings():
+    assert files.parse_intensity("window:-1000:400") == files.parse_intensity(["window", -1000, 400.0])
+    assert files.parse_intensity(("type",)) == files.parse_intensity("type") == ("type",)
+    bad = ["", "none", "window", "window:1", "window:2:1", "window:a:b", "percentile:1:101", "type:0:1"]
+    for policy in (*bad, ("window", 0, None)):
+        with pytest.raises(ValueError, match="is none of"):
+            files.parse_intensity(policy)
+
+
+# ---- geometry
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.tuples(*[st.integers(1, 40)] * 2), st.tuples(*[st.integers(1, 40)] * 2))
+def test_resample_is_jax_image_resize(old, new):
+    array = np.random.default_rng(1).normal(size=(*old, 2)).astype(np.float32)
+    got = files.resample(array, new)
+    weights = [files._triangle(a, b).toarray() for a, b in zip(old, new, strict=True)]
+    np.testing.assert_allclose(got, np.einsum("ia,jb,abc->ijc", *weights, array), atol=1e-5)
+    for axis, (a, b) in enumerate(zip(old, new, strict=True)):
+        reference = jax.image.resize(np.eye(a, dtype=np.float32), (b, a), "linear", antialias=True)
+        np.testing.assert_allclose(weights[axis], reference, atol=1e-5)
+
+
+def test_fit(tmp_path):
+    wide = np.zeros((20, 40), np.uint8)
+    wide[:, 10:30] = 255  # the middle square
+    path = save(tmp_path / "x.png", wide)
+    crop, pad, stretch = (read(path, size=(10, 10), fit=fit) for fit in ("crop", "pad", "stretch"))
+    assert (crop == 1).all()
+    assert (pad[:2] == -1).all() and (pad[-2:] == -1).all() and (pad[4:6, 4:6] == 1).all() and pad[5, 0] == -1
+    assert stretch[5, 0] == -1 and stretch[0, 5] == 1
+    volume = files._fit(np.ones((16, 8, 12, 1), np.float32), (8, 8, 8), "pad")
+    assert volume.shape == (8, 8, 8, 1) and (volume[:, 0] == -1).all() and (volume[:, 3:5, 2:6] == 1).all()
+
+
+def test_an_even_picture_stays_even():
+    for old, new in [((7, 9), (64, 64)), ((200, 300), (64, 48)), ((5, 6, 7), (8, 8, 8))]:
+        np.testing.assert_allclose(files.resample(np.full((*old, 1), 0.3, np.float32), new), 0.3, atol=1e-6)
+
+
+# ---- hostile files
+
+
+def hostile(folder):
+    """Yields (path, words its error must have)."""
+
+    def put(name, content):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    good = save(folder / "good.png", EIGHT).read_bytes()
+    yield put("empty.png", b""), "is empty"
+    yield put("cut.png", good[: len(good) // 2]), "cannot be read as .png"
+    yield put("text.png", b"not an image\n" * 9), "cannot be read as .png"
+    yield put("text.jpg", b"\xff\xd8\xff\xe0 secret"), "cannot be read as .jpg"
+    yield put("png.nii.gz", good), "cannot be read as .nii.gz"
+    yield put("png.dcm", good), "cannot be read as .dcm"
+    yield put("png.npy", good), "cannot be read as .npy"
+    yield put("text.nrrd", b"NRRD0004\ntype: secret\n"), "cannot be read as .nrrd"
+    yield put("x.bmp", good), "no reader"
+    yield folder / "absent.png", "no such file"
+    huge = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (999999, 999999), }"
+    yield put("huge.npy", huge.ljust(127) + b"\n" + b"0" * 64), "cannot be read as .npy"
+    bomb = bytearray(good)
+    bomb[16:24] = (60000).to_bytes(4, "big") * 2
+    yield put("bomb.png", bytes(bomb)), "bomb.png: "
+    for name, array, words in [
+        ("object.npy", np.array([{"name": "secret"}]), "cannot be read as .npy"),
+        ("complex.npy", np.ones((12, 16), complex), "instead of real numbers"),
+        ("nan.npy", np.full((12, 16), np.nan), "NaN or infinite"),
+        ("inf.npy", np.full((12, 16), 1e300), "NaN or infinite"),
+        ("3d.npy", np.ones((9, 12, 16), np.uint8), "has shape 9x12x16x1"),
+        ("none.npy", np.ones((0, 16), np.uint8), "has shape 0x16x1"),
+    ]:
+        np.save(folder / name, array, allow_pickle=True)
+        yield folder / name, words
+    PIL.Image.fromarray(rgb(EIGHT)).convert("CMYK").save(folder / "cmyk.tif")
+    yield folder / "cmyk.tif", "is stored as CMYK"
+
+
+def test_hostile_files_are_one_line_without_their_content(tmp_path):
+    for path, words in hostile(tmp_path):
+        with pytest.raises(ValueError) as error:
+            read(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: ") and words in message and ";" in message, message
+        assert "\n" not in message and "secret" not in message and len(message) < 300
+    save(tmp_path / "flat.png", np.full((12, 16), 9, np.uint8))
+    for policy in ("minmax", "percentile:1:99"):
+        with pytest.raises(ValueError, match="is constant"):
+            read(tmp_path / "flat.png", intensity=policy)
+    assert (abs(read(tmp_path / "flat.png") - (9 / 127.5 - 1)) < 1e-6).all()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Name -> bytes of one readable file of each kind."""
+    folder = tmp_path_factory.mktemp("good")
+    for bits, array in (("8", EIGHT), ("16", SIXTEEN)):
+        for kind in (".png", ".tif"):
+            save(folder / (bits + kind), array)
+        np.save(folder / f"{bits}.npy", array)
+        nibabel.save(nibabel.Nifti1Image(array[:, :, None], np.eye(4)), folder / f"{bits}.nii")
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), folder / f"{bits}.nrrd")
+        dicom(folder / f"{bits}.dcm", array)
+    save(folder / "8.jpg", EIGHT)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_files_are_read_or_refused(tmp_path_factory, good, draw):
+    """Bytes changed or cut at random: an image in range, or one line that names the file."""
+    name = draw.draw(st.sampled_from(sorted(good)))
+    content = bytearray(good[name])
+    for _ in range(draw.draw(st.integers(0, 4))):
+        content[draw.draw(st.integers(0, len(content) - 1))] = draw.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content[: draw.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    try:
+        image = read(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    else:
+        assert image.shape == (12, 16, 1) and image.dtype == np.float32 and abs(image).max() <= 1

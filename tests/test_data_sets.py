@@ -1,0 +1,323 @@
+"""Loading from disk to ImageSets: the cache, its key, parallel reading, kills, and errors of one line."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+from absl import logging
+
+import data
+from data import builder, cohort, files, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+RNG = np.random.default_rng(0)
+HALVES = {"train": 0.4, "select": 0.2, "val": 0.2, "control": 0.2}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """60 images of 30 patients, 8 bit, 8x8."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(60):
+        PIL.Image.fromarray(RNG.integers(0, 256, (8, 8), dtype=np.uint8)).save(root / f"p{i // 2:02}_{i % 2}.png")
+    return root
+
+
+@pytest.fixture
+def load(folder, tmp_path):
+    given = dict(path=folder, size=(8, 8), patient_pattern=r"p\d+", fractions=HALVES, cache=tmp_path / "cache")
+    return functools.partial(data.load, **given, workers=1)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts the files read afresh."""
+    seen = []
+    real = files.read_image
+    monkeypatch.setattr(files, "read_image", lambda path, **how: seen.append(path) or real(path, **how))
+    return seen
+
+
+def test_load_gives_every_image_once_with_its_patient(load, folder):
+    sets = load()
+    assert list(sets) == ["train", "select", "val", "control"]
+    assert sorted(i for s in sets.values() for i in s.ids) == sorted(os.listdir(folder))
+    assert sum(len(set(s.patients)) for s in sets.values()) == 30
+    for images, ids, patients in sets.values():
+        assert len(images) == len(ids) == len(patients) > 0 and all(map(str.startswith, ids, patients))
+        for image, id_ in zip(images, ids, strict=True):
+            assert image.shape == (8, 8, 1) and image.dtype == np.float32
+            np.testing.assert_allclose(image[..., 0], np.asarray(PIL.Image.open(folder / id_)) / 127.5 - 1, atol=1e-6)
+    with pytest.raises(IndexError):
+        sets["val"].images[len(sets["val"].ids)]
+    batch = next(data.batches(sets["train"].images, batch=64, seed=0))
+    assert batch.shape == (64, 8, 8, 1) and len(np.unique(batch, axis=0)) == min(64, len(sets["train"].ids))
+
+
+def test_nothing_is_read_twice_and_no_stale_cache_is_used(load, folder, tmp_path, reads, monkeypatch):
+    again = lambda **how: (reads.clear(), load(**how), len(reads))[2]
+    assert again() == 60
+    assert again() == 0
+    assert again(fractions=HALVES | {"train": 0.3, "val": 0.3}, seed=3, limit={"train": 3}) == 0  # the same pixels
+    assert again(patient_pattern=None, patients="per_image") == 0
+    assert again(intensity="minmax") == again(size=(4, 4)) == again(fit="crop") == 60
+    assert again(intensity="minmax") == 0
+    os.utime(folder / "p00_0.png", ns=(1, 1))
+    assert again() == 60
+    PIL.Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "p00_0.png")
+    assert again() == 60 and any((image == -1).all() for s in load().values() for image in s.images)
+    PIL.Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "p99_0.png")
+    assert again() == 61
+    (tmp_path / "files.py").write_text("# other code")
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    assert again() == 61
+
+
+def test_cache_folder_from_the_environment(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("FACSIMILE_CACHE", str(tmp_path / "elsewhere"))
+    load(cache=None)
+    assert any(name.startswith("images-") for name in os.listdir(tmp_path / "elsewhere"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot make the cache folder"):
+        load(cache=tmp_path / "file" / "x")
+
+
+def test_limit_and_adding_data(load, folder):
+    whole, cut = load(), load(limit={"train": 5, "val": None})
+    assert len(cut["train"].ids) == len(cut["train"].images) == 5 and set(cut["train"].ids) <= set(whole["train"].ids)
+    assert len(cut["val"].ids) == len(whole["val"].ids)
+    for i in range(60):
+        PIL.Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / f"p{40 + i}_0.png")
+    for name, more in load().items():
+        assert set(whole[name].ids) <= set(more.ids)
+
+
+def test_mixed_depths_are_kept_at_sixteen_bits(load, folder):
+    for name in ("p00_0.png", "p07_1.png"):
+        deep = RNG.integers(0, 65536, (8, 8), dtype=np.uint16)
+        PIL.Image.fromarray(deep).save(folder / name)
+        sets = load()
+        stored = {i: x for s in sets.values() for i, x in zip(s.ids, s.images, strict=True)}
+        np.testing.assert_allclose(stored[name][..., 0], deep / 32767.5 - 1, atol=1e-6)
+        eight = np.asarray(PIL.Image.open(folder / "p09_0.png"))
+        np.testing.assert_allclose(stored["p09_0.png"][..., 0], eight / 127.5 - 1, atol=2e-5)
+        assert len(stored) == 60
+
+
+def test_unreadable_files(load, folder, caplog, monkeypatch):
+    (folder / "p03_0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"p03_0\.png: the file is empty") as error:
+        load()
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+    for _ in range(2):  # said again when the cache is used
+        caplog.clear()
+        sets = load(on_error="skip")
+        assert sum(len(s.ids) for s in sets.values()) == 59
+        assert "1 of 60 images could not be read" in caplog.text and "p03_0.png" in caplog.text
+    with pytest.raises(ValueError, match=r"p03_0\.png"):
+        load()
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of 60 images could be read"):
+        load(on_error="skip")
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(fractions={"train": 1.0}), None),
+        (dict(fractions={"train": 0.999, "val": 0.001}), "the split 'val' has no images; .* has 30 patients"),
+        (dict(on_error="ignore"), "data.on_error"),
+        (dict(fit="squeeze"), "data.fit"),
+        (dict(size=(8,)), "data.size"),
+        (dict(size=(0, 8)), "data.size"),
+        (dict(intensity="window:3:1"), "data.intensity"),
+        (dict(path=None, layout="nih"), "there is no data.path"),
+        (dict(path=None, channels=3), "has one channel"),
+        (dict(path=None, cohort={"subjects": {"train": 3, "select": 1, "val": 1}}), "split 'control' has no images"),
+    ],
+)
+def test_settings_that_cannot_be(load, how, message):
+    if message is None:
+        assert [len(s.ids) for s in load(**how).values()] == [60, 0, 0, 0]
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        load(**how)
+    assert "\n" not in str(error.value)
+
+
+def test_splits_of_the_manifest(tmp_path, folder, load):
+    said = ["train"] * 40 + ["val"] * 10 + ["test"] * 10
+    rows = [f"images/p{i // 2:02}_{i % 2}.png,{i // 2},{said[i]}" for i in range(60)]
+    (tmp_path / "m.csv").write_text("\n".join(["path,patient_id,split", *rows]))
+    sets = load(path=tmp_path / "m.csv")
+    assert {*sets["train"].patients, *sets["select"].patients} == {str(i) for i in range(20)}
+    assert set(sets["val"].patients) == {str(i) for i in range(20, 25)} and len(sets["control"].ids) == 10
+    (tmp_path / "m.csv").write_text("path,patient_id\nimages/absent.png,1")
+    with pytest.raises(ValueError, match=r"absent\.png: there is no such file; correct the manifest"):
+        load(path=tmp_path / "m.csv", fractions={"train": 1.0})
+
+
+def test_synthetic_folder(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+    made = data.read_folder(folder, (8, 8), cache=tmp_path / "cache")
+    assert made.ids.tolist() == sorted(os.listdir(folder)) and set(made.patients) == {""} and not caplog.text
+    assert data.read_folder(folder, (6, 6), cache=tmp_path / "cache").images[0].shape == (6, 6, 1)
+    assert "60 of 60 images had another shape than (6, 6)" in caplog.text
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        data.read_folder(tmp_path / "absent", (8, 8))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in it"):
+        data.read_folder(tmp_path / "empty", (8, 8))
+
+
+def test_cohort(tmp_path):
+    subjects = {"train": 4, "select": 1, "val": 2, "control": 1}
+    given = dict(size=(16, 16), cache=tmp_path, cohort={"subjects": subjects, "scans": 2, "duplicates": 3, "seed": 5})
+    sets = data.load(**given)
+    assert {name: len(s.ids) for name, s in sets.items()} == {"train": 11, "select": 2, "val": 4, "control": 2}
+    copies = [r for r in cohort.records(**given["cohort"]) if r.duplicate_of]
+    image = dict(zip(sets["train"].ids, sets["train"].images, strict=True))
+    for copy in copies:
+        np.testing.assert_array_equal(image[copy.id], image[copy.duplicate_of])
+    drawn = cohort.subject(0, size=(16, 16), scan=1, seed=5)
+    assert abs(image["sub-0000_scan-1"] - drawn).max() < 2e-5  # kept at 16 bits
+    volume = data.load(size=(8, 8, 8), cache=tmp_path, cohort={"subjects": dict.fromkeys(subjects, 1)}, layout="cohort")
+    assert volume["val"].images[0].shape == (8, 8, 8, 1)
+
+
+def test_nih_for_real(real_data, tmp_path):
+    start = time.monotonic()
+    sets = data.load(path=real_data / "nih_cxr64", cache=tmp_path)
+    assert sum(len(s.ids) for s in sets.values()) == 1000 and time.monotonic() - start < 30
+    start = time.monotonic()
+    sets = data.load(path=real_data / "nih_cxr64", cache=tmp_path)
+    everything = np.stack([image for s in sets.values() for image in s.images])
+    assert everything.shape == (1000, 64, 64, 1) and time.monotonic() - start < 2
+    assert everything.min() == -1 and 0.9 < everything.max() <= 1 and everything.std() > 0.2
+
+
+# ---- many, in parallel, and killed
+
+
+def square(i):
+    if i == 13:
+        raise ValueError("thirteen is refused")
+    return files.Image(np.full((2, 2, 1), i / 50 - 1, np.float32), eight_bit=False, resized=i % 2 == 0)
+
+
+def sleepy(i):
+    time.sleep(0.02)
+    return square(i)
+
+
+def fatal(i):
+    os._exit(7) if "prepare.serve" in Path("/proc/self/cmdline").read_text() else None
+    return sleepy(i)
+
+
+def made(make, tmp_path, n=100, **how):
+    given = dict(shape=(2, 2, 1), inputs=None, code=[files], cache=tmp_path, on_error="skip")
+    return prepare.prepare("x", {str(i): i for i in range(n)}, make, **(given | how))
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Worker processes as soon as may be."""
+    monkeypatch.setattr(prepare, "SERIAL_SECONDS", 0.0)
+
+
+def test_workers_give_what_one_process_gives(tmp_path, eager):
+    one, two = made(square, tmp_path / "1", workers=1), made(sleepy, tmp_path / "2", workers=2)
+    assert one[1:] == two[1:] == ([str(i) for i in range(100) if i != 13], ["thirteen is refused"], 50)
+    for i, name in enumerate(two.ids):
+        values = [builder.Stored(p.folder, np.arange(99))[i] for p in (one, two)]
+        np.testing.assert_array_equal(*values)
+        assert abs(values[0] - (int(name) / 50 - 1)).max() < 2e-5
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path, eager):
+    with pytest.raises(ValueError, match=r"a worker process died \(exit 7\)"):
+        made(fatal, tmp_path, workers=2)
+    assert [name for name in os.listdir(tmp_path) if not name.endswith(".lock")] == []
+
+
+def test_many_shards_keep_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "SHARD_BYTES", 7 * 8)  # seven images of 2x2 at 16 bits
+    done = made(square, tmp_path)
+    assert len([name for name in os.listdir(done.folder) if "array_record" in name]) == 15
+    values = [image[0, 0, 0] for image in builder.Stored(done.folder, np.arange(99))]
+    np.testing.assert_allclose(values, [i / 50 - 1 for i in range(100) if i != 13], atol=2e-5)
+    assert json.loads(Path(done.folder, "dataset_info.json").read_text())["fileFormat"] == "array_record"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_kill_leaves_nothing_half_done(tmp_path, workers):
+    script = "from tests import test_data_sets as t; from data import prepare; from pathlib import Path; import sys;"
+    script += f"prepare.SERIAL_SECONDS = 0.0; t.made(t.sleepy, Path(sys.argv[1]), workers={workers}, n=2000)"
+    child = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT)
+    present = lambda: [name for name in os.listdir(tmp_path) if not name.endswith(".lock")]
+    deadline = time.monotonic() + 60
+    while not any("partial" in name for name in present()) or len(children_of(child.pid)) < ((0, 0, 2)[workers]):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)  # some are written
+    helpers = children_of(child.pid)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert present() and all("partial" in name for name in present())
+    done = made(square, tmp_path, n=2000)  # the same key
+    assert len(done.ids) == 1999 and present() == [os.path.basename(done.folder)]
+    while any(os.path.exists(f"/proc/{pid}") for pid in helpers):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+
+
+def children_of(parent):
+    return [int(process.name) for process in Path("/proc").glob("[0-9]*") if ppid(process) == parent]
+
+
+def ppid(process):
+    try:
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None  # it ended
+
+
+def test_two_processes_at_once_make_it_once(tmp_path):
+    script = "from tests import test_data_sets as t; from pathlib import Path; import sys;"
+    script += "t.made(t.counted(sys.argv[1]), Path(sys.argv[1]) / 'cache', n=60, workers=1)"
+    children = [subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT) for _ in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    assert (tmp_path / "count").read_text() == "." * 60
+
+
+def counted(folder):
+    def make(i):
+        with open(os.path.join(folder, "count"), "a") as file:
+            file.write(".")
+        return sleepy(i)
+
+    return make
+
+
+def test_progress_shows_only_for_long_work(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("FACSIMILE_QUIET", raising=False)
+    made(square, tmp_path)
+    assert capfd.readouterr() == ("", "")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    slow = lambda i: (setattr(clock, "now", clock.now + 1), square(i))[1]
+    made(slow, tmp_path, n=50)
+    assert "reading" in capfd.readouterr().err

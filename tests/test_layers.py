@@ -1,0 +1,70 @@
+"""Layers against independent numpy, and the parameter rule."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import signal
+
+from launch import layers
+
+
+def reference_conv(x, kernel, strides):
+    """Zero-padded cross-correlation, one channel pair at a time, by scipy."""
+    size = kernel.shape[:-2]
+    pad = [(k // 2, k // 2) for k in size]
+    out = []
+    for b in range(x.shape[0]):
+        planes = []
+        for f in range(kernel.shape[-1]):
+            total = sum(
+                signal.correlate(np.pad(x[b, ..., c], pad), kernel[..., c, f], "valid", "direct") for c in range(x.shape[-1])
+            )
+            planes.append(total[tuple(slice(None, None, s) for s in strides)])
+        out.append(np.stack(planes, -1))
+    return np.stack(out)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rank=st.sampled_from([2, 3]), k=st.sampled_from([1, 3, 5]), stride=st.integers(1, 3), seed=st.integers(0, 99))
+def test_conv_is_correlation_at_any_rank(rank, k, stride, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, *rng.integers(4, 8, rank), 2)).astype(np.float32)
+    kernel = rng.standard_normal((*(k,) * rank, 2, 3)).astype(np.float32)
+    strides = (stride, *rng.integers(1, 3, rank - 1))
+    ours = layers.conv(jnp.asarray(x), jnp.asarray(kernel), tuple(int(s) for s in strides))
+    np.testing.assert_allclose(ours, reference_conv(x, kernel, strides), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 48), (2, 3, 4, 5, 6)])
+def test_group_norm_is_linens(shape):
+    x = jax.random.normal(jax.random.key(0), shape) * 3 + 2
+    ours, theirs = layers.GroupNorm(groups=3), nn.GroupNorm(num_groups=3, epsilon=1e-5)
+    params = {"params": {"scale": jnp.linspace(0.5, 2, shape[-1]), "bias": jnp.linspace(-1, 1, shape[-1])}}
+    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), atol=2e-5)
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = layers.Conv(64)(x)
+        h = layers.GroupNorm()(h)
+        return layers.Dense(256)(h), layers.Conv(3, zero=True)(h)
+
+
+def test_init_follows_the_names_and_is_a_function_of_the_key():
+    init_fn = lambda key: Small().init(key, jnp.zeros((1, 8, 8, 32)))
+    params = jax.jit(lambda key: layers.init(init_fn, key))(jax.random.key(1))
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(init_fn, jax.random.key(1)))
+    inner = params["params"]
+    for name, fan_in in (("Conv_0", 9 * 32), ("Dense_0", 64)):
+        kernel = np.asarray(inner[name]["kernel"])
+        assert abs(kernel.mean()) < 0.1 * fan_in**-0.5
+        assert kernel.std() == pytest.approx(fan_in**-0.5, rel=0.05)
+    assert not np.any(inner["Conv_1"]["zero"]) and not np.any(inner["Conv_0"]["bias"])
+    assert np.all(np.asarray(inner["GroupNorm_0"]["scale"]) == 1)
+    again = jax.jit(lambda key: layers.init(init_fn, key))(jax.random.key(2))
+    assert not np.array_equal(inner["Dense_0"]["kernel"], again["params"]["Dense_0"]["kernel"])

@@ -1,0 +1,210 @@
+"""The training loop: exact resume, device-count invariance, one compile, failures told."""
+
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from launch import checkpoint, layers, log, loop, mesh
+
+X = np.random.default_rng(0).standard_normal((64, 6, 6, 8)).astype(np.float32)
+
+
+class Net(layers.nn.Module):
+    @layers.nn.compact
+    def __call__(self, x):
+        h = layers.GroupNorm()(layers.Conv(128)(x))
+        return layers.Dense(8)(jax.nn.silu(layers.Conv(128)(h)))
+
+
+def loss(params, batch, key):
+    noise = jax.random.normal(key, batch.shape)
+    error = Net().apply(params, batch + 0.1 * noise) - batch
+    return (error**2).mean(), {"first": error[0].mean()}
+
+
+TASK = loop.Task(lambda key: Net().init(key, jnp.zeros((1, *X.shape[1:]))), loss)
+TX = loop.optimiser(steps=12, rate=1e-2, warmup=2, decay_to=0.1)
+
+
+def batches(start):
+    step = start
+    while True:
+        yield X[np.random.default_rng(step).permutation(64)[:16]][mesh.rows(16)]
+        step += 1
+
+
+def run(folder, steps=12, **kwargs):
+    settings = dict(ema=(0.9, 0.99), save_every=4, eval_every=3, log_every=2, key=jax.random.key(0))
+    held_out = lambda: [mesh.put(X[:8])]
+    return loop.fit(
+        "toy", kwargs.pop("task", TASK), kwargs.pop("batches", batches), folder=folder, steps=steps, tx=TX,
+        held_out=held_out, select=True, **{**settings, **kwargs},
+    )  # fmt: skip
+
+
+def assert_same(a, b, exact=True):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if exact:
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        else:
+            np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-4, atol=2e-5)
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(at):
+    def feed(start):
+        for step, batch in enumerate(batches(start), start):
+            if step == at:
+                raise Killed
+            yield batch
+
+    return feed
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_a_killed_run_ends_in_the_same_bits(tmp_path, at):
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", batches=interrupted(at))
+    assert_same(whole, run(tmp_path / "killed"))
+    steps = [log.json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if "loss" in s] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_finished_run_is_only_restored(tmp_path):
+    state = run(tmp_path)
+    assert_same(state, run(tmp_path, batches=interrupted(0)))
+
+
+def test_longer_training_goes_on(tmp_path):
+    run(tmp_path / "grown", steps=6)
+    assert_same(run(tmp_path / "whole"), run(tmp_path / "grown"))
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (4, 4), (8, 1), (8, 2)])
+def test_any_number_of_devices_agrees(tmp_path, mesh_of, devices, fsdp):
+    with jax.set_mesh(mesh_of(1, 1)):
+        one = run(tmp_path / "one")
+    with jax.set_mesh(mesh_of(devices, fsdp)):
+        many = run(tmp_path / "many", steps=5)
+        sharded = many.params["params"]["Conv_1"]["kernel"].sharding.spec
+        assert sharded == (jax.P(None, None, "fsdp") if fsdp > 1 else jax.P())
+    with jax.set_mesh(mesh_of(4, 2)):  # and a checkpoint goes on under yet another mesh
+        many = run(tmp_path / "many")
+    assert_same(one, many, exact=False)
+
+
+def test_one_compile_for_each_function(tmp_path):
+    with jax.log_compiles(), _Compiles() as compiled:
+        run(tmp_path)
+    assert compiled.count("train_step") == compiled.count("create") == 1, compiled.names
+    assert compiled.count("keep_best") <= 1, compiled.names  # compiled by an earlier test, perhaps
+
+
+class _Compiles:
+    """Names of what JAX compiles in the meantime, from its log."""
+
+    def __enter__(self):
+        import logging
+
+        self.names = []
+        self.handler = logging.Handler()
+        self.handler.emit = lambda record: self.names.append(record.getMessage()[:60])
+        self.logger = logging.getLogger("jax._src.interpreters.pxla")
+        self.logger.addHandler(self.handler)
+        return self
+
+    def count(self, name):
+        return sum(f"Compiling jit({name})" in message for message in self.names)
+
+    def __exit__(self, *_):
+        self.logger.removeHandler(self.handler)
+
+
+def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path):
+    def poisoned(start):
+        for step, batch in enumerate(batches(start), start):
+            yield batch * np.nan if step == 6 else batch
+
+    with pytest.raises(FloatingPointError, match=r"loss=nan.* at step 6; last good checkpoint: .*checkpoints/4"):
+        run(tmp_path, batches=poisoned)
+    assert_same(run(tmp_path / "whole"), run(tmp_path))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    def told(start):
+        for step, batch in enumerate(batches(start), start):
+            if step == 5:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "told", batches=told)
+    assert stop.value.code == 0
+    assert (tmp_path / "told" / "checkpoints" / "6").is_dir()
+    assert_same(run(tmp_path / "whole"), run(tmp_path / "told"))
+
+
+def test_best_is_the_lowest_selection_loss():
+    state = loop.create(jax.random.key(0), task=TASK, tx=TX, ema=(), select=True)
+    moved = state._replace(params=jax.tree.map(lambda x: x + 1, state.params))
+    state = loop.keep_best(state, jnp.float32(2.0))
+    worse = loop.keep_best(moved._replace(best=state.best, best_loss=state.best_loss), jnp.float32(3.0))
+    assert float(worse.best_loss) == 2.0
+    assert_same(worse.best, state.params)
+    better = loop.keep_best(worse, jnp.float32(1.0))
+    assert_same(better.best, moved.params)
+
+
+def test_golden_step():
+    """One step of plain Adam on a scalar, by hand: p - rate * g / (|g| + eps), after clipping."""
+    task = loop.Task(lambda key: {"scale": jnp.ones(())}, lambda p, b, k: (0.5 * (p["scale"] * b).sum() ** 2, {}))
+    tx = loop.optimiser(steps=10, rate=0.1)
+    state = loop.State(jnp.int32(0), {"scale": jnp.float32(1.0)}, tx.init({"scale": jnp.float32(1.0)}), {"0.9": {"scale": jnp.float32(1.0)}}, (), jnp.float32(jnp.inf))
+    state, metrics = loop.train_step(state, jnp.array([2.0]), task=task, tx=tx, key=jax.random.key(0))
+    assert float(metrics["loss"]) == 2.0 and float(metrics["grad_norm"]) == 4.0
+    assert float(state.params["scale"]) == pytest.approx(0.9, abs=1e-6)
+    assert float(state.ema["0.9"]["scale"]) == pytest.approx(0.1 * 1.0 + 0.9 * 0.9, abs=1e-6)  # warm-up: decay 1/10
+    assert int(state.step) == 1
+
+
+def test_optimiser_schedule():
+    tx = loop.optimiser(steps=100, rate=1.0, warmup=10, decay_to=0.5, clip=1e9)
+    params = {"w": jnp.zeros(())}
+    state, sizes = tx.init(params), []
+    for _ in range(100):
+        update, state = tx.update({"w": jnp.ones(())}, state, params)
+        sizes.append(-float(update["w"]))
+    assert sizes[0] == 0 and sizes[10] == pytest.approx(1, rel=1e-3) and sizes[-1] == pytest.approx(0.5, rel=2e-3)
+
+
+def test_leaf_rule():
+    assert mesh.leaf_spec((3, 3, 64, 128), 4) == jax.P(None, None, None, "fsdp")
+    assert mesh.leaf_spec((3, 3, 128, 128), 4) == jax.P(None, None, "fsdp")
+    assert mesh.leaf_spec((4, 4), 4) == jax.P()
+    assert mesh.leaf_spec((3, 3, 64, 125), 64) == jax.P(None, None, "fsdp")
+    assert mesh.leaf_spec((10_007, 3), 4) == jax.P()
+
+
+def test_published_weights(tmp_path):
+    tree = {"a": jnp.arange(3.0)}
+    assert checkpoint.published(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="run --mode=train"):
+        checkpoint.load(tmp_path, tree)
+    checkpoint.publish(tmp_path, 7, tree)
+    assert checkpoint.published(tmp_path) == 7
+    assert_same(checkpoint.load(tmp_path, jax.eval_shape(lambda: tree)), tree)
+
+
+def test_stream_drops_the_padding():
+    rows = np.arange(20, dtype=np.float32).reshape(10, 2)
+    padded = [(rows[:8], 8), (np.concatenate([rows[8:], np.zeros((6, 2), np.float32)]), 2)]
+    out = np.concatenate(list(mesh.stream(jax.jit(lambda x: 2 * x), padded)))
+    np.testing.assert_array_equal(out, 2 * rows)

@@ -1,0 +1,167 @@
+"""The entrypoint as a user runs it: whole, killed and continued, in two processes, and with mistakes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.conftest import ROOT
+
+TINY = "--config=configs/brain.py:tiny"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One cache for the data and the compilations of all runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(workdir, *args, config=TINY):
+    return [sys.executable, "main.py", config, f"--workdir={workdir}", *args]
+
+
+def environment(cache, **extra):
+    return {**os.environ, "FACSIMILE_CACHE": str(cache), "JAX_PLATFORMS": "cpu", "FACSIMILE_QUIET": "1", **extra}
+
+
+def run(workdir, *args, cache, config=TINY, **extra):
+    return subprocess.run(
+        command(workdir, *args, config=config), cwd=ROOT, env=environment(cache, **extra), capture_output=True, text=True
+    )
+
+
+def products(workdir):
+    """What a run ends in: every sample and the audit."""
+    samples = {p.name: p.read_bytes() for p in sorted((workdir / "samples").glob("*.png"))}
+    return samples, json.loads((workdir / "audit" / "audit.json").read_text()), (workdir / "audit" / "verdicts.csv").read_text()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("whole")
+    done = run(workdir, "--mode=train,sample,audit", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return workdir
+
+
+@pytest.mark.slow
+def test_the_whole_path(whole):
+    samples, audit, verdicts = products(whole)
+    assert len(samples) == 12 and PIL.Image.open(whole / "samples" / "000003.png").size == (32, 32)
+    assert (audit["n_train"], audit["n_val"], audit["n_syn"], audit["n_train_patients"]) == (16, 24, 12, 16)
+    rates = [*audit["calibrated"]["copy_rate_ci"], audit["calibrated"]["copy_rate"], *audit["negative_control"]["flag_rate_ci"]]
+    rates += [audit["paper"]["null_mem_rate"], audit["paper"]["null_copy_rate"], audit["negative_control"]["flag_rate"]]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert audit["calibrated"]["n_copies"] == sum(line.endswith(",1") for line in verdicts.splitlines()[1:])
+    assert verdicts.splitlines()[0] == "image,nearest,nearest_patient,similarity,p_value,flagged"
+    for name in ("pairs.png", "histogram.png"):
+        assert np.asarray(PIL.Image.open(whole / "audit" / name)).std() > 1
+    described = json.loads((whole / "config.json").read_text()), json.loads((whole / "environment.json").read_text())
+    assert described[0]["unet"]["width"] == 16 and described[1]["versions"]["jax"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_it_ends_the_same(whole, cache, tmp_path, seed):
+    """SIGKILL at random, several times, then the same command to its end."""
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(tmp_path, "--mode=train,sample,audit"), cwd=ROOT, env=environment(cache), stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(4, 20))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(tmp_path, "--mode=train,sample,audit", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert products(tmp_path) == products(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_agree_with_one(whole, cache, tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    settings = dict(JAX_COORDINATOR_ADDRESS=f"localhost:{port}", FACSIMILE_PROCESSES="2", JAX_NUM_CPU_DEVICES="2")
+    both = [
+        subprocess.Popen(
+            command(tmp_path, "--mode=train,sample,audit", "--config.mesh.fsdp=2"),
+            cwd=ROOT,
+            env=environment(cache, FACSIMILE_PROCESS=str(i), **settings),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=500)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    one, two = products(whole), products(tmp_path)
+    assert one[0].keys() == two[0].keys()
+    picture = lambda run, name: np.asarray(PIL.Image.open(run / "samples" / name), float)
+    worst = max(np.abs(picture(whole, name) - picture(tmp_path, name)).max() for name in one[0])
+    assert worst <= 2, "grey levels of 255"
+    assert two[1]["paper"]["threshold"] == pytest.approx(one[1]["paper"]["threshold"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_any_folder_of_images_is_audited(whole, cache, tmp_path):
+    """Training images under other names are all copies, with no generator of ours in the workdir."""
+    import data
+    from configs import brain
+
+    config = brain.get_config("tiny").data.to_dict()
+    train = data.load(**{**config, "cache": str(cache)})["train"]
+    folder = tmp_path / "made elsewhere"
+    folder.mkdir()
+    for i, image in enumerate(train.images):
+        grey = np.round((image[..., 0] + 1) * 127.5).astype(np.uint8)
+        PIL.Image.fromarray(grey).save(folder / f"x{i}.png")
+    done = run(tmp_path / "run", "--mode=audit", f"--config.audit.synthetic={folder}", "--config.audit.fdr=0.2", cache=cache)
+    assert done.returncode == 0, done.stderr
+    audit = json.loads((tmp_path / "run" / "audit" / "audit.json").read_text())
+    assert audit["calibrated"]["copy_rate"] == 1 and audit["calibrated"]["n_mem"] == 16
+    assert audit["paper"]["n_copies"] == audit["paper"]["n_mem"] == 16
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--mode=trane"], "use one or more of train, sample, audit"),
+        (["--mode=train", "--config.unet.widht=64"], "width"),
+        (["--mode=train", "--config.unet.width=wide"], "config.unet.width"),
+        (["--mode=train", "--config.data.path=/nowhere"], "/nowhere: there is no such file or folder; correct data.path"),
+        (["--mode=train", "--config.autoencoder.patch=3"], "must be a multiple of"),
+        (["--mode=train", "--config.diffusion.predict=mu"], "config.diffusion.predict='mu'"),
+        (["--mode=sample"], "run --mode=train with this --workdir first"),
+        (["--mode=train", "extra"], "unexpected argument 'extra'"),
+    ],
+)
+@pytest.mark.slow
+def test_a_mistake_is_one_line(tmp_path, cache, args, told):
+    done = run(tmp_path / "run", *args, cache=cache)
+    assert done.returncode in (1, 2)
+    assert told in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["--config=configs/brian.py", "--config=configs/brain.py:huge"])
+def test_a_wrong_config_is_one_line(tmp_path, cache, config):
+    done = run(tmp_path / "run", "--mode=train", cache=cache, config=config)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused(whole, cache):
+    done = run(whole, "--mode=train", "--config.unet.width=32", cache=cache)
+    assert done.returncode == 1
+    assert "made with config.unet.width=16, not 32" in done.stderr
