@@ -104,7 +104,7 @@ def audit(config: ConfigDict, workdir: Path) -> None:
         in_order=data.in_order,
         folder=workdir / "audit",
         seed=config.seed,
-        **config.audit.to_dict(),
+        **{k: v for k, v in config.audit.to_dict().items() if k != "synthetic"},
     )
 
 

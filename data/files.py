@@ -231,29 +231,26 @@ def _scale(pixels: Pixels, intensity) -> np.ndarray:
 
 def _fit(array: np.ndarray, size: tuple[int, ...], fit: str) -> np.ndarray:
     factors = [old / new for old, new in zip(array.shape, size, strict=False)]
-    factor = max(factors) if fit == "pad" else min(factors)
-    for axis, new in enumerate(size if fit != "stretch" else ()):
-        old, wanted = array.shape[axis], max(1, round(new * factor))
-        before = abs(wanted - old) // 2
-        if wanted < old:
-            array = array.take(range(before, before + wanted), axis)
-        elif wanted > old:
-            margins = [(before, wanted - old - before) if a == axis else (0, 0) for a in range(array.ndim)]
-            array = np.pad(array, margins, constant_values=-1)
-    return np.clip(resample(array, size), -1, 1)  # the filter's rounding may step out
+    factor = {"pad": max, "crop": min, "stretch": lambda _: None}[fit](factors)
+    spans = [max(1, round(new * factor)) if factor else old for old, new in zip(array.shape, size, strict=False)]
+    return np.clip(resample(array, size, spans), -1, 1)  # the filter's rounding may step out
 
 
-def resample(array: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def resample(array: np.ndarray, size: Sequence[int], spans: Sequence[int] | None = None) -> np.ndarray:
     """Resamples the leading axes to `size` by a triangle filter as wide as an output voxel, so without aliasing.
 
-    Linear where it enlarges. Same numbers as `jax.image.resize(..., 'linear', antialias=True)`.
+    Linear where it enlarges. Same numbers as `jax.image.resize(..., 'linear', antialias=True)` of the array first cropped,
+    or padded with -1, to `spans` (default: its shape) about its centre.
     """
     for axis, new in enumerate(size):
         old = array.shape[axis]
-        if old != new:
-            front = np.moveaxis(array, axis, 0)
-            flat = _triangle(old, new) @ np.ascontiguousarray(front.reshape(old, -1))
-            array = np.moveaxis(flat.reshape(new, *front.shape[1:]), 0, axis)
+        span = spans[axis] if spans else old
+        skip, before = max(0, (old - span) // 2), max(0, (span - old) // 2)  # left of the picture: cropped, padded
+        if (old, skip, before) != (new, 0, 0):
+            kept = np.moveaxis(array, axis, 0)[skip : skip + span]
+            weights = _triangle(span, new)[:, before : before + len(kept)]
+            flat = weights @ (kept.reshape(len(kept), -1) + 1) - 1  # padding is 0 here, so it need not be stored
+            array = np.moveaxis(flat.reshape(new, *kept.shape[1:]), 0, axis)
     return np.ascontiguousarray(array, dtype=np.float32)
 
 

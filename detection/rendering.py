@@ -1,0 +1,97 @@
+"""Are the images that are compared rendered alike? Power spectra, a test of their difference, a common low-pass.
+
+A decoder smooths, and a smooth image correlates more with every image: samples of a generator that memorizes nothing
+look like copies if they are held against raw unseen patients. So real images are given the rendering of the synthetic
+ones before anything is calibrated, and what difference is left is measured here.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TOLERANCE_DB = 3.0  # a factor of two in power
+RELEVANT = 1e-3  # bands with a smaller share of the variance do not move a correlation
+PERMUTATIONS = 999
+
+
+def band_of(size: tuple[int, ...]) -> np.ndarray:
+    """Band of every coefficient of `rfftn` over an image of this size: distance from zero frequency, each axis in units
+    of its Nyquist frequency, in as many equal bands up to 1 as the shortest axis has; beyond 1 belongs to the last."""
+    axes = [np.fft.fftfreq(n) for n in size[:-1]] + [np.fft.rfftfreq(size[-1])]
+    radius = np.sqrt(sum(np.square(2 * f) for f in np.meshgrid(*axes, indexing="ij")))
+    bands = max(min(size) // 2, 2)
+    return np.minimum(np.ceil(radius * bands), bands).astype(np.int32)
+
+
+@jax.jit
+def spectra(x: jax.Array) -> jax.Array:
+    """Power in each band, as a share of the image's variance: (B, bands); x is (B, *S, C). The mean is left out."""
+    rank = x.ndim - 2
+    band = band_of(x.shape[1:-1])
+    power = jnp.abs(jnp.fft.rfftn(x, axes=tuple(range(1, rank + 1)))) ** 2
+    twice = np.full(band.shape, 2.0)  # rfftn keeps one of each conjugate pair
+    twice[..., 0] = 1.0
+    if x.shape[rank] % 2 == 0:
+        twice[..., -1] = 1.0
+    power = (power.sum(-1) * twice).reshape(x.shape[0], -1)
+    sums = jax.ops.segment_sum(power.T, band.ravel(), int(band.max()) + 1).T[:, 1:]
+    return sums / jnp.maximum(sums.sum(1, keepdims=True), 1e-12)
+
+
+class Filters(NamedTuple):
+    """Gain per band, band 0 (the mean) first, for real and for synthetic images."""
+
+    real: np.ndarray
+    synthetic: np.ndarray
+
+
+def common_filters(val_MxF: np.ndarray, syn_KxF: np.ndarray) -> Filters:
+    """Zero-phase gains, at most 1, that bring both mean spectra to their lower envelope: sqrt(min(P, Q) / P)."""
+    val, syn = val_MxF.mean(0), syn_KxF.mean(0)
+    lower = np.minimum(val, syn)
+    gain = lambda power: np.append(1.0, np.sqrt(lower / np.maximum(power, 1e-20))).astype(np.float32)
+    return Filters(gain(val), gain(syn))
+
+
+@jax.jit
+def apply_filter(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """`x` (B, *S, C) with each frequency band multiplied by its gain."""
+    rank = x.ndim - 2
+    axes = tuple(range(1, rank + 1))
+    weights = gain[band_of(x.shape[1:-1])][None, ..., None]
+    return jnp.fft.irfftn(jnp.fft.rfftn(x, axes=axes) * weights, s=x.shape[1:-1], axes=axes).astype(x.dtype)
+
+
+def compare(val_MxF: np.ndarray, patients_M: np.ndarray, syn_KxF: np.ndarray, *, seed: int) -> dict[str, Any]:
+    """Whether validation and synthetic images differ in rendering, from their `spectra`.
+
+    Returns:
+      gap_db: 10 log10 of synthetic over validation mean power, per band from low to high frequency (None where a band
+      is empty). worst_gap_db: the largest in size among bands holding at least 0.1 % of the variance. p_value: of the
+      difference in the mean log share of power above half of Nyquist, by permuting patients (each represented by its
+      mean) and synthetic images. differs: p_value < 0.01 and a gap of over 3 dB; with many images a small gap is certain
+      and harmless, with few a large one may be chance.
+    """
+    val, syn = val_MxF.mean(0), syn_KxF.mean(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = 10 * np.log10(syn / val)
+    counts = np.maximum(val, syn) >= RELEVANT
+    worst = gap[counts][np.argmax(np.abs(gap[counts]))] if counts.any() else 0.0
+    high = slice(val_MxF.shape[1] // 2, None)
+    score = lambda shares: np.log(np.maximum(shares[:, high].sum(1), 1e-12))
+    _, inverse, size = np.unique(patients_M, return_inverse=True, return_counts=True)
+    by_patient = np.bincount(inverse, weights=score(val_MxF)) / size
+    pool = np.concatenate([by_patient, score(syn_KxF)])
+    split = len(by_patient)
+    distance = lambda values: abs(values[:split].mean() - values[split:].mean())
+    rng = np.random.default_rng(seed)
+    beaten = sum(distance(rng.permutation(pool)) >= distance(pool) for _ in range(PERMUTATIONS))
+    p = (1 + beaten) / (1 + PERMUTATIONS)
+    return {
+        "gap_db": [round(float(g), 3) if np.isfinite(g) else None for g in gap],
+        "worst_gap_db": round(float(worst), 3),
+        "p_value": p,
+        "differs": bool(p < 0.01 and abs(worst) > TOLERANCE_DB),
+    }
