@@ -1,6 +1,6 @@
 """Facsimile: train a latent diffusion model on patients' images, sample it, and audit the samples for copies.
 
-    python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=runs/brain
+python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=runs/brain
 """
 
 import functools
@@ -19,7 +19,9 @@ from data import augment, export
 from launch import log, machine, mesh, stage
 
 MODES = ("train", "sample", "audit")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; a variant follows after a colon.", lock_config=True
+)
 _MODE = flags.DEFINE_list("mode", None, f"What to do: {', '.join(MODES)}, or several in order.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; the same command goes on where it stopped.")
 flags.mark_flags_as_required(["config", "mode", "workdir"])
@@ -94,6 +96,8 @@ def audit(config: ConfigDict, workdir: Path) -> None:
         workdir / "samples" if ours else config.audit.synthetic,
         size=config.data.size,
         intensity=export.intensity(rank) if ours else config.data.intensity,
+        fit=config.data.fit,
+        on_error=config.data.on_error,
         cache=config.data.cache,
     )
     detection.audit(
@@ -155,7 +159,7 @@ def key(config: ConfigDict, purpose: int) -> jax.Array:
 
 def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> None:
     """Refuses a folder made with other settings of these sections, of the data or of the seed."""
-    flat = stage.flatten({**config.to_dict(), "data": {**config.data.to_dict(), "cache": None, "on_error": None}})
+    flat = stage.flatten({**config.to_dict(), "data": {**config.data.to_dict(), "cache": None}})
     mine = ("seed", "data", *sections)
     stage.claim(folder, {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}, grow)
 

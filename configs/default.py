@@ -7,116 +7,139 @@ command line: `--config.unet.width=64`. Units: sizes in pixels or voxels, angles
 from ml_collections import ConfigDict, config_dict
 
 
-def get_config(variant: str = '') -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The default: 64x64 images, models that a laptop trains in minutes."""
-    only(variant, '')
+    only(variant, "")
     config = ConfigDict()
     config.seed = 0
 
     # ---- images on disk -> arrays, split by patient
     config.data = data = ConfigDict()
-    data.path = config_dict.placeholder(str)  # image folder, CSV manifest or layout root; None: the embedded brain cohort
-    data.layout = 'auto'  # 'folder', 'manifest', 'nih', 'cohort', or found out from `path`
+    data.path = config_dict.placeholder(
+        str
+    )  # image folder, CSV manifest or layout root; None: the embedded brain cohort
+    data.layout = "auto"  # 'folder', 'manifest', 'nih', 'cohort', or found out from `path`
     data.size = (64, 64)  # (H, W) or (D, H, W)
-    data.patient_pattern = config_dict.placeholder(str)  # folder layout: regular expression whose first group is the patient
-    data.patients = 'required'  # or 'per_image': every image its own patient, said in every report
-    data.intensity = 'type'  # 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH'
-    data.on_error = 'raise'  # or 'skip': unreadable files are counted and left out
+    data.patient_pattern = config_dict.placeholder(
+        str
+    )  # folder layout: regular expression whose first group is the patient
+    data.patients = "required"  # or 'per_image': every image its own patient, said in every report
+    data.intensity = "type"  # 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH'
+    data.channels = 1
+    data.fit = "pad"  # an image of another shape: 'pad' or 'crop' to the aspect of `size`, or 'stretch'
+    data.limit = ConfigDict(
+        {"train": config_dict.placeholder(int), "val": config_dict.placeholder(int)}
+    )  # at most so many images
+    data.on_error = "raise"  # or 'skip': unreadable files are counted and left out
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
-    data.fractions = ConfigDict({'train': 0.6, 'select': 0.05, 'val': 0.2, 'control': 0.15})
+    data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
-    cohort.subjects = ConfigDict({'train': 64, 'select': 16, 'val': 160, 'control': 120})
+    cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 120})
     cohort.scans = 1  # scans per subject: same anatomy, new noise and bias field
     cohort.duplicates = 0  # training subjects present a second time under another name
 
     # ---- generator: KL autoencoder, then a UNet on its latents
     config.autoencoder = ConfigDict(
         {
-            'widths': (32, 64, 64),  # channels per level, from full size down
-            'strides': (2, 2),  # down-sampling between levels: one int, or one per axis, each
-            'patch': 2,  # positions folded into channels before the first level
-            'latent': 8,  # latent channels
-            'blocks': 1,  # residual blocks per level
-            'attention': False,  # self-attention at the smallest level
-            'kl_weight': 1e-4,  # of the KL divergence per pixel, against L1 per pixel
+            "widths": (32, 64, 64),  # channels per level, from full size down
+            "strides": (2, 2),  # down-sampling between levels: one int, or one per axis, each
+            "patch": 2,  # positions folded into channels before the first level
+            "latent": 8,  # latent channels
+            "blocks": 1,  # residual blocks per level
+            "attention": False,  # self-attention at the smallest level
+            "kl_weight": 1e-4,  # of the KL divergence per pixel, against L1 per pixel
         }
     )
     config.unet = ConfigDict(
         {
-            'width': 64,
-            'mults': (1, 2),  # channels per level are width * mults
-            'blocks': 1,  # residual blocks per level
-            'attention': (False, True),  # per level
-            'heads': 4,
-            'dropout': 0.0,
+            "width": 64,
+            "mults": (1, 2),  # channels per level are width * mults
+            "blocks": 1,  # residual blocks per level
+            "attention": (False, True),  # per level
+            "heads": 4,
+            "dropout": 0.0,
         }
     )
     config.diffusion = ConfigDict(
         {
-            'schedule': 'cosine',  # 'cosine', 'linear', 'scaled_linear'
-            'steps': 1000,
-            'beta': (0.0015, 0.0195),  # first and last beta of the two linear schedules
-            'predict': 'v',  # 'eps', 'v', 'x0'
+            "schedule": "cosine",  # 'cosine', 'linear', 'scaled_linear'
+            "steps": 1000,
+            "beta": (0.0015, 0.0195),  # first and last beta of the two linear schedules
+            "predict": "v",  # 'eps', 'v', 'x0'
         }
     )
     # augmentation of each stage's images; all zero: none. The study of augmentation is about the diffusion stage, where
     # it acts before encoding; the autoencoder's keeps its rendering of unseen patients like that of its training set
     config.augment = ConfigDict()
-    config.augment.autoencoder = ConfigDict({'flip': 0.5, 'rotate': 5.0, 'rotate_p': 0.5, 'shift': 0.05, 'scale': 0.08})
-    config.augment.diffusion = ConfigDict({'flip': 0.0, 'rotate': 0.0, 'rotate_p': 0.5})
+    config.augment.autoencoder = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5, "shift": 0.05, "scale": 0.08})
+    config.augment.diffusion = ConfigDict({"flip": 0.0, "rotate": 0.0, "rotate_p": 0.5})
 
     # ---- copy detector
     config.detector = ConfigDict(
         {
-            'arch': 'resnet',  # 'resnet', or 'strided' (the paper's 3D encoder)
-            'widths': (16, 32, 64, 128),
-            'blocks': (1, 1, 1, 1),
-            'bottleneck': False,
-            'stem': 3,
-            'strides': (),  # of 'strided': one tuple per level
-            'hidden': 16,  # of 'strided': channels before the first level
-            'dim': 64,  # embedding
-            'temperature': 0.07,
-            'both': False,  # augment both views, not one
-            'select_on': 'select',  # split whose loss chooses the checkpoint; only the paper's variant uses 'val'
+            "arch": "resnet",  # 'resnet', or 'strided' (the paper's 3D encoder)
+            "widths": (16, 32, 64, 128),
+            "blocks": (1, 1, 1, 1),
+            "bottleneck": False,
+            "stem": 3,
+            "strides": (),  # of 'strided': one tuple per level
+            "hidden": 16,  # of 'strided': channels before the first level
+            "dim": 64,  # embedding
+            "temperature": 0.07,
+            "both": False,  # augment both views, not one
+            "select_on": "select",  # split whose loss chooses the checkpoint; only the paper's variant uses 'val'
         }
     )
-    config.detector.augment = ConfigDict({'flip': 0.5, 'rotate': 5.0, 'rotate_p': 0.5})
+    config.detector.augment = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5})
 
     # ---- training, one section per stage
     config.train = train = ConfigDict()
-    adam = {'rate': 1e-3, 'warmup': 50, 'decay_to': 0.1, 'weight_decay': 0.0, 'clip': 1.0}
-    run = {'log_every': 20, 'eval_every': 200, 'save_every': 500}
-    train.autoencoder = ConfigDict({'steps': 500, 'batch': 16, 'optimiser': adam, **run})
-    train.diffusion = ConfigDict({'steps': 1500, 'batch': 32, 'optimiser': {**adam, 'decay_to': 1.0}, 'ema': (0.999,), **run})
-    train.detector = ConfigDict({'steps': 300, 'batch': 64, 'optimiser': adam, **run})
+    adam = {"rate": 1e-3, "warmup": 50, "decay_to": 0.1, "weight_decay": 0.0, "clip": 1.0}
+    run = {"log_every": 20, "eval_every": 200, "save_every": 500}
+    train.autoencoder = ConfigDict({"steps": 400, "batch": 16, "optimiser": adam, **run})
+    train.diffusion = ConfigDict(
+        {"steps": 900, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **run}
+    )
+    train.detector = ConfigDict({"steps": 200, "batch": 32, "optimiser": adam, **run})
 
     # ---- sampling and audit
     config.sample = ConfigDict(
         {
-            'n': 128,  # raising it later adds samples; the first ones stay as they are
-            'batch': 64,
-            'steps': 50,  # DDIM steps; with eta=1 and steps=diffusion.steps: ancestral sampling
-            'eta': 0.0,
-            'ema': 0.999,  # which of train.diffusion.ema
+            "n": 128,  # raising it later adds samples; the first ones stay as they are
+            "batch": 64,
+            "steps": 50,  # DDIM steps; with eta=1 and steps=diffusion.steps: ancestral sampling
+            "eta": 0.0,
+            "ema": 0.999,  # which of train.diffusion.ema
         }
     )
     config.audit = ConfigDict(
         {
-            'synthetic': config_dict.placeholder(str),  # folder of synthetic images; None: our own samples
-            'fdr': 0.05,  # false-discovery rate of the calibrated test
-            'percentile': 95.0,  # of the paper's rule
-            'pairs': 16,  # most similar pairs in the picture
-            'batch': 64,  # images embedded at a time
+            "synthetic": config_dict.placeholder(str),  # folder of synthetic images; None: our own samples
+            "fdr": 0.05,  # false-discovery rate of the calibrated test
+            "percentile": 95.0,  # of the paper's rule
+            "pairs": 16,  # most similar pairs in the picture
+            "batch": 64,  # images embedded at a time
         }
     )
-    config.mesh = ConfigDict({'fsdp': 1})  # devices that share each large parameter; the others split the batch
+    config.mesh = ConfigDict({"fsdp": 1})  # devices that share each large parameter; the others split the batch
     return config
 
 
 def only(variant: str, *known: str) -> None:
     """Raises ValueError where a config has no such variant."""
     if variant not in known:
-        raise ValueError(f'no variant {variant!r} in this config; it has: {", ".join(repr(k) for k in known)}')
+        raise ValueError(f"no variant {variant!r} in this config; it has: {', '.join(repr(k) for k in known)}")
+
+
+def shrink(config: ConfigDict) -> None:
+    """Seconds on a laptop, for tests of the path and not of the result: 32x32, eight steps a stage."""
+    config.data.size = (32, 32)
+    config.autoencoder.update(widths=(8, 16), strides=(2,), latent=4)
+    config.unet.update(width=16)
+    config.detector.update(widths=(8, 16), blocks=(1, 1), dim=16)
+    for stage in config.train.values():
+        stage.update(steps=8, batch=8, eval_every=4, save_every=4, log_every=2)
+    config.sample.update(n=12, batch=8, steps=4)
+    config.audit.update(batch=8, pairs=4)

@@ -22,10 +22,28 @@ _KINDS = ("flip", "rotate", "shift", "scale", "gamma", "bias", "blur", "noise")
 _HIGHEST = jax.lax.Precision.HIGHEST  # a bfloat16 product of coordinates would be off by whole voxels
 
 
-def augment(key: Array, x: Array, *, flip: float = 0.5, flip_axis: int = -1, rotate: float = 5.0,
-            rotate_p: float = 0.5, shift: float = 0.0, shift_p: float = 0.5, scale: float = 0.0, scale_p: float = 0.5,
-            gamma: float = 0.0, gamma_p: float = 0.5, bias: float = 0.0, bias_p: float = 0.5, blur: float = 0.0,
-            blur_p: float = 0.5, noise: float = 0.0, noise_p: float = 0.5, border: str = "edge") -> Array:
+def augment(
+    key: Array,
+    x: Array,
+    *,
+    flip: float = 0.5,
+    flip_axis: int = -1,
+    rotate: float = 5.0,
+    rotate_p: float = 0.5,
+    shift: float = 0.0,
+    shift_p: float = 0.5,
+    scale: float = 0.0,
+    scale_p: float = 0.5,
+    gamma: float = 0.0,
+    gamma_p: float = 0.5,
+    bias: float = 0.0,
+    bias_p: float = 0.5,
+    blur: float = 0.0,
+    blur_p: float = 0.5,
+    noise: float = 0.0,
+    noise_p: float = 0.5,
+    border: str = "edge",
+) -> Array:
     """Distorts each image at random; the defaults are the positives of the paper's copy detector.
 
     Dar et al. (arXiv 2402.01054), Methods: a rotation by up to 5 degrees and a flip, each with probability one half.
@@ -51,12 +69,21 @@ def augment(key: Array, x: Array, *, flip: float = 0.5, flip_axis: int = -1, rot
     Raises:
       ValueError: x is not (B, *size, C) of two or three spatial axes, or a probability or strength is out of range.
     """
-    for name, p in dict(flip=flip, rotate_p=rotate_p, shift_p=shift_p, scale_p=scale_p, gamma_p=gamma_p, bias_p=bias_p,
-                        blur_p=blur_p, noise_p=noise_p).items():
+    for name, p in dict(
+        flip=flip,
+        rotate_p=rotate_p,
+        shift_p=shift_p,
+        scale_p=scale_p,
+        gamma_p=gamma_p,
+        bias_p=bias_p,
+        blur_p=blur_p,
+        noise_p=noise_p,
+    ).items():
         if not 0 <= p <= 1:
             raise ValueError(f"augment: {name} is a probability, in [0, 1], not {p}")
-    for name, strength in dict(rotate=rotate, shift=shift, scale=scale, gamma=gamma, bias=bias, blur=blur,
-                               noise=noise).items():
+    for name, strength in dict(
+        rotate=rotate, shift=shift, scale=scale, gamma=gamma, bias=bias, blur=blur, noise=noise
+    ).items():
         if not 0 <= strength < (1 if name in ("shift", "scale") else math.inf):
             raise ValueError(f"augment: {name} must not be negative, shift and scale stay below 1; not {strength}")
     _check_border(border)

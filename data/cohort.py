@@ -39,8 +39,16 @@ class Record(NamedTuple):
     duplicate_of: str  # id of the image that this one secretly copies, or ''
 
 
-def records(*, subjects: Mapping[str, int], scans: int = 1, duplicates: int = 0, copies: int = 1,
-            rescanned: bool = False, into: str = "train", seed: int = 0) -> list[Record]:
+def records(
+    *,
+    subjects: Mapping[str, int],
+    scans: int = 1,
+    duplicates: int = 0,
+    copies: int = 1,
+    rescanned: bool = False,
+    into: str = "train",
+    seed: int = 0,
+) -> list[Record]:
     """Lists the images of a cohort, split by split, without drawing any.
 
     Subject i of a split always has the same number, whatever the sizes of this and the other splits: a small
@@ -119,7 +127,7 @@ def subject(number: int, *, size: tuple[int, ...], scan: int = 0, seed: int = 0,
     person = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 0)))
     scanner = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 1, scan)))
 
-    spacing = float(np.max(_VIEW[-len(size):] / size))
+    spacing = float(np.max(_VIEW[-len(size) :] / size))
     linear, shift = _affine(person)
     jitter = float(np.clip(person.normal(0, 2.5), -5, 5))
     coarse = _lattice(person, _COARSE, [3.6, 4.0, 3.6, 0.5])  # displacement along z, y, x in mm; atrophy
@@ -142,7 +150,7 @@ def subject(number: int, *, size: tuple[int, ...], scan: int = 0, seed: int = 0,
     depth = max(1, _CHUNK // (len(ticks[1]) * len(ticks[2])))
     slabs = []
     for start in range(0, len(ticks[0]), depth):
-        where = [ticks[0][start:start + depth], ticks[1], ticks[2]]
+        where = [ticks[0][start : start + depth], ticks[1], ticks[2]]
         warp = _field(coarse, _COARSE, where)
         folds = _field(fine, _FINE, where)
         position = np.stack(np.meshgrid(*[t.astype(np.float32) for t in where], indexing="ij"), -1)

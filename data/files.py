@@ -239,8 +239,8 @@ def _fit(array: np.ndarray, size: tuple[int, ...], fit: str) -> np.ndarray:
 def resample(array: np.ndarray, size: Sequence[int], spans: Sequence[int] | None = None) -> np.ndarray:
     """Resamples the leading axes to `size` by a triangle filter as wide as an output voxel, so without aliasing.
 
-    Linear where it enlarges. Same numbers as `jax.image.resize(..., 'linear', antialias=True)` of the array first cropped,
-    or padded with -1, to `spans` (default: its shape) about its centre.
+    Linear where it enlarges. Same numbers as `jax.image.resize(..., 'linear', antialias=True)` of the array that was
+    first cropped, or padded with -1, about its centre to `spans` (default: its shape).
     """
     for axis, new in enumerate(size):
         old = array.shape[axis]

@@ -1,4 +1,4 @@
 """The audit: copy detector, neighbour search, calibration, controls, report. Sees arrays; knows no generator."""
 
-from detection.detector import build, train
 from detection.audit import audit
+from detection.detector import build, train

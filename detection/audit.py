@@ -192,17 +192,22 @@ def write_verdicts(path: Path, ids: np.ndarray, train: Any, sims: Similarities, 
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["image", "nearest", "nearest_patient", "similarity", "p_value", "flagged"])
-    for image, j, sim, p, flag in zip(ids, sims.hits.index[:, 0], sims.hits.sim[:, 0], test.p_K, test.flagged_K, strict=True):
+    for image, j, sim, p, flag in zip(
+        ids, sims.hits.index[:, 0], sims.hits.sim[:, 0], test.p_K, test.flagged_K, strict=True
+    ):
         rows.writerow([image, train.ids[j], train.patients[j], f"{sim:.6f}", f"{p:.6g}", int(flag)])
     checkpoint.write_text(path, text.getvalue())
 
 
-def draw(folder: Path, sims: Similarities, synthetic: Any, train: Any, test: calibrate.Calibrated, result: dict, pairs: int) -> None:
+def draw(
+    folder: Path, sims: Similarities, synthetic: Any, train: Any, test: calibrate.Calibrated, result: dict, pairs: int
+) -> None:
     """`pairs.png` and `histogram.png`."""
     sim_K, index_K = sims.hits.sim[:, 0], sims.hits.index[:, 0]
     top = np.argsort(-sim_K, kind="stable")[:pairs]
     captions = [
-        (f"{synthetic.ids[i]}  r = {sim_K[i]:.3f}, p = {test.p_K[i]:.3f}", f"nearest: {train.ids[index_K[i]]}") for i in top
+        (f"{synthetic.ids[i]}  r = {sim_K[i]:.3f}, p = {test.p_K[i]:.3f}", f"nearest: {train.ids[index_K[i]]}")
+        for i in top
     ]
     figures.pairs(
         folder / "pairs.png",

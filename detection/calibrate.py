@@ -20,7 +20,9 @@ class PaperRule(NamedTuple):
     copies_K: np.ndarray
 
 
-def paper_rule(val_of_train_N: np.ndarray, syn_of_train_N: np.ndarray, train_of_syn_K: np.ndarray, percentile: float = 95.0) -> PaperRule:
+def paper_rule(
+    val_of_train_N: np.ndarray, syn_of_train_N: np.ndarray, train_of_syn_K: np.ndarray, percentile: float = 95.0
+) -> PaperRule:
     """The rule of Dar et al. (arXiv 2402.01054), as in their code.
 
     tau is the `percentile` of the similarity of training images to their nearest validation image. A training image is
@@ -43,7 +45,9 @@ class NullFloor(NamedTuple):
     extrapolated: bool
 
 
-def null_floor(tau: float, train_of_control_C: np.ndarray, patients_C: np.ndarray, above_N: np.ndarray, k: int, *, seed: int) -> NullFloor:
+def null_floor(
+    tau: float, train_of_control_C: np.ndarray, patients_C: np.ndarray, above_N: np.ndarray, k: int, *, seed: int
+) -> NullFloor:
     """The paper's rule applied to unseen real images as if they were k synthetic ones.
 
     tau is a maximum over the validation set's size, but is applied to maxima over N and over k, so it accuses even a
@@ -60,11 +64,18 @@ def null_floor(tau: float, train_of_control_C: np.ndarray, patients_C: np.ndarra
     flags = (_finite(train_of_control_C) > tau).astype(float)
     a = np.asarray(above_N, float)
     if k <= c:
-        log_none = special.gammaln(c - a + 1) - special.gammaln(np.maximum(c - a - k, 0) + 1) - special.gammaln(c + 1) + special.gammaln(c - k + 1)
+        log_none = (
+            special.gammaln(c - a + 1)
+            - special.gammaln(np.maximum(c - a - k, 0) + 1)
+            - special.gammaln(c + 1)
+            + special.gammaln(c - k + 1)
+        )
         none = np.where(c - a >= k, np.exp(log_none), 0.0)
     else:
         none = (1 - a / c) ** k
-    return NullFloor(float(flags.mean()), rate_interval(flags, patients_C, seed=seed), max(float(1 - none.mean()), 0.0), k > c)
+    return NullFloor(
+        float(flags.mean()), rate_interval(flags, patients_C, seed=seed), max(float(1 - none.mean()), 0.0), k > c
+    )
 
 
 def conformal_p(scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray) -> np.ndarray:
@@ -144,7 +155,9 @@ class Calibrated(NamedTuple):
     rate_ci: tuple[float, float]
 
 
-def calibrated_test(scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray, *, fdr: float, seed: int) -> Calibrated:
+def calibrated_test(
+    scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray, *, fdr: float, seed: int
+) -> Calibrated:
     """Conformal p-values against unseen patients and the same training images, then Benjamini-Hochberg at `fdr`.
 
     The interval of the flagged share is the hull of Clopper-Pearson over the K synthetic images (the null set taken as
@@ -165,11 +178,19 @@ def calibrated_test(scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.nda
     exact = clopper_pearson(flagged_K.sum(), len(flagged_K))
     low, high = np.quantile(rates, [0.025, 0.975])
     threshold = float(scores_K[flagged_K].min()) if flagged_K.any() else None
-    return Calibrated(p_K, flagged_K, threshold, float(flagged_K.mean()), (min(float(low), exact[0]), max(float(high), exact[1])))
+    return Calibrated(
+        p_K, flagged_K, threshold, float(flagged_K.mean()), (min(float(low), exact[0]), max(float(high), exact[1]))
+    )
 
 
 def negative_control(
-    scores_C: np.ndarray, patients_C: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray, *, nominal: float, seed: int
+    scores_C: np.ndarray,
+    patients_C: np.ndarray,
+    null_M: np.ndarray,
+    patients_M: np.ndarray,
+    *,
+    nominal: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Unseen patients, none of them in the null, scored as if they were synthetic.
 

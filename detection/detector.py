@@ -56,7 +56,7 @@ def task(detector: Detector, augment: Callable[[jax.Array, jax.Array], jax.Array
     def loss(params: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         one_key, other_key, drop_key = jax.random.split(key, 3)
         views = jnp.concatenate([augment(one_key, x) if both else x, augment(other_key, x)])
-        z = detector.encoder.apply(params, rescale(views), train=True, rngs={'dropout': drop_key})
+        z = detector.encoder.apply(params, rescale(views), train=True, rngs={"dropout": drop_key})
         a, b = jnp.split(z, 2)
         return nt_xent(a, b, detector.temperature), {}
 
@@ -78,20 +78,20 @@ def train(
     **fit: Any,
 ) -> None:
     """Trains and publishes the parameters with the lowest loss on `held_out`."""
-    if checkpoint.published(detector.folder) == fit['steps']:
+    if checkpoint.published(detector.folder) == fit["steps"]:
         return
     state = loop.fit(
-        'detector',
+        "detector",
         task(detector, augment, both),
         lambda start: batches(images, batch=batch, start=start),
         folder=detector.folder,
-        tx=loop.optimiser(steps=fit['steps'], **optimiser),
+        tx=loop.optimiser(steps=fit["steps"], **optimiser),
         key=key,
         held_out=lambda: loop.whole_batches(in_order, held_out, batch),
         select=True,
         **fit,
     )
-    checkpoint.publish(detector.folder, fit['steps'], state.best)
+    checkpoint.publish(detector.folder, fit["steps"], state.best)
 
 
 def embedder(detector: Detector) -> Callable[[jax.Array], jax.Array]:

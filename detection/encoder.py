@@ -84,7 +84,7 @@ class Strided(nn.Module):
 
 def build(arch: str, **settings: Any) -> nn.Module:
     """The encoder called `arch`, 'resnet' or 'strided'. Raises ValueError for another."""
-    kinds = {'resnet': ResNet, 'strided': Strided}
+    kinds = {"resnet": ResNet, "strided": Strided}
     if arch not in kinds:
-        raise ValueError(f'config.detector.arch={arch!r}: use one of {", ".join(kinds)}')
+        raise ValueError(f"config.detector.arch={arch!r}: use one of {', '.join(kinds)}")
     return kinds[arch](**{k: v for k, v in settings.items() if k in kinds[arch].__dataclass_fields__})

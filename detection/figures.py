@@ -92,7 +92,9 @@ def histogram(
         if position is not None:
             axis.axvline(position, color="black", linestyle=style, linewidth=1.3)
             handles.append(Line2D([], [], color="black", linestyle=style, label=f"{name}: {position:.3f}"))
-    axis.set(xlabel="similarity to the nearest training image", ylabel="% of the images", title=title, xlim=(low, 1.005))
+    axis.set(
+        xlabel="similarity to the nearest training image", ylabel="% of the images", title=title, xlim=(low, 1.005)
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
     save(figure, path)

@@ -8,6 +8,7 @@ the check (more equal keys than tiles kept) is searched again in float64. The re
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -60,25 +61,28 @@ def nearest(query_NxD, key_MxD, *, k: int = 1, block: tuple[int, int] | None = N
     n, m = len(query_NxD), len(key_MxD)
     if not 1 <= k <= m:
         raise ValueError(f"k = {k} neighbours asked of {m} keys; k must lie in 1 to {m}")
-    keep = k + _SPARE
     plan = _plan(n, m, query_NxD.shape[1], block)
     read_keys = _reader(key_MxD, plan.keys, plan.key_rows)
-    peak_Nxc, tile_Nxc, error_N = np.empty((n, keep), np.float32), np.empty((n, keep), np.int32), np.empty(n, np.float32)
+    sim_Nxk, index_Nxk = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
+
+    def settle(start, peak_SxQxc, tile_SxQxc, reach):
+        query = query_NxD[start : start + plan.query_rows]
+        peak_Nxc, tile_Nxc = (np.asarray(x).reshape(-1, x.shape[-1])[: len(query)] for x in (peak_SxQxc, tile_SxQxc))
+        found = _look_into(query, key_MxD, peak_Nxc, tile_Nxc, _error(query, float(reach)), k)
+        sim_Nxk[start : start + len(query)], index_Nxk[start : start + len(query)] = found
+
+    pending = ()
     for start in range(0, n, plan.query_rows):
-        stop = min(start + plan.query_rows, n)
         query = _padded(query_NxD, start, plan.query_rows, plan.queries)
-        shape = query.shape[:2] + (keep,)
+        shape = query.shape[:2] + (k + _SPARE,)
         best = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32), jnp.float32(0)
         for first in range(0, m, plan.key_rows):
             best = _keep_tiles(query, read_keys(first), *best, first, m)
-        peak_Nxc[start:stop], tile_Nxc[start:stop] = (np.asarray(x).reshape(-1, keep)[: stop - start] for x in best[:2])
-        error_N[start:stop] = _error(query_NxD[start:stop], float(best[2]))
-    sim_Nxk, index_Nxk = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
-    rows = max(1, (1 << 22) // (keep * _TILE))
-    for start in range(0, n, rows):
-        part = slice(start, start + rows)
-        sim, index = _look_into(query_NxD[part], key_MxD, peak_Nxc[part], tile_Nxc[part], error_N[part], k)
-        sim_Nxk[part], index_Nxk[part] = sim, index
+        if pending:  # the host settles one group of queries while the device multiplies the next
+            settle(*pending)
+        pending = (start, *best)
+    if pending:
+        settle(*pending)
     return Neighbours(sim_Nxk, index_Nxk)
 
 
@@ -153,7 +157,7 @@ def _products(query_QxD, key_KxD):
     multiply = functools.partial(jnp.einsum, "qd,kd->qk", precision="highest")
     whole, rest = divmod(query_QxD.shape[1], _DEPTH)
     sim = jnp.zeros((len(query_QxD), len(key_KxD)), jnp.float32)
-    if whole == 1 and not rest or not whole:
+    if (whole == 1 and not rest) or not whole:
         return multiply(query_QxD, key_KxD)
 
     def add(part, sim):
@@ -178,9 +182,9 @@ def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
     row, tile = row[order], tile[order]
     edges = np.flatnonzero(np.diff(tile, prepend=-1, append=-1))
     rows, pairs = [], []
-    for low, high in zip(edges[:-1], edges[1:]):
+    for low, high in itertools.pairwise(edges):
         first, asked = int(tile[low]) * _TILE, row[low:high]
-        sim = _dots(query_NxD[asked], key_MxD[first : first + _TILE])
+        sim = _few_dots(query_NxD[asked], key_MxD[first : first + _TILE])
         hit, column = np.nonzero(sim >= floor_N[asked, None])
         rows.append(asked[hit])
         pairs.append(_pack(sim[hit, column], first + column))
@@ -217,6 +221,12 @@ def _count_exactly(query_NxD, key_MxD, tau, keys, rows=256):
 
 def _dots(query_NxD, key_MxD) -> np.ndarray:
     return (np.asarray(query_NxD, np.float64) @ np.asarray(key_MxD, np.float64).T).astype(np.float32)
+
+
+def _few_dots(query_NxD, key_MxD) -> np.ndarray:
+    """`_dots` in parts small enough that OpenBLAS stays in this thread: its idle threads spin and slow the next device step."""
+    rows = max(16, (1 << 18) // key_MxD.size)
+    return np.concatenate([_dots(query_NxD[i : i + rows], key_MxD) for i in range(0, len(query_NxD), rows)])
 
 
 def _pack(sim, index) -> np.ndarray:
@@ -263,7 +273,9 @@ class _Plan(NamedTuple):
 def _plan(n, m, d, block) -> _Plan:
     """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so that tiles never move."""
     if block is None:
-        rows = 1024 if jax.default_backend() == "cpu" else 8192  # on a CPU the block of products should stay in the cache
+        rows = (
+            1024 if jax.default_backend() == "cpu" else 8192
+        )  # on a CPU the block of products should stay in the cache
         block = (max(_TILE, min(rows, (1 << 22) // d)),) * 2
     if min(block) < 1:
         raise ValueError(f"block = {block}: both sizes must be positive")

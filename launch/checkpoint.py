@@ -14,14 +14,14 @@ from launch import mesh
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all; only the first process writes."""
     if jax.process_index() == 0:
-        aside = path.with_name(f'.{path.name}.{os.getpid()}')
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
         aside.write_text(text)
         os.replace(aside, path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON with sorted layout kept as given and NaN refused (ValueError)."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def manager(folder: Path, keep: int = 2) -> ocp.CheckpointManager:
@@ -54,15 +54,15 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int | None 
 
 def publish(folder: Path, step: int, weights: Any) -> None:
     """Saves what a finished stage is used for, without its optimiser, as `folder/weights`: the mark of a stage done."""
-    with manager(folder / 'weights', keep=1) as weights_manager:
+    with manager(folder / "weights", keep=1) as weights_manager:
         save(weights_manager, step, weights)
 
 
 def published(folder: Path) -> int | None:
     """The step of a stage's published weights, None if it has none."""
-    if not (folder / 'weights').is_dir():
+    if not (folder / "weights").is_dir():
         return None
-    with manager(folder / 'weights') as weights_manager:
+    with manager(folder / "weights") as weights_manager:
         return weights_manager.latest_step()
 
 
@@ -74,6 +74,6 @@ def load(folder: Path, abstract: Any) -> Any:
     """
     step = published(folder)
     if step is None:
-        raise FileNotFoundError(f'{folder}: no trained weights here; run --mode=train with this --workdir first')
-    with manager(folder / 'weights') as weights_manager:
+        raise FileNotFoundError(f"{folder}: no trained weights here; run --mode=train with this --workdir first")
+    with manager(folder / "weights") as weights_manager:
         return restore(weights_manager, abstract, step)

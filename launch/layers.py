@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 _INITIALISERS = {
-    'kernel': nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'),
-    'zero': nn.initializers.zeros,
-    'bias': nn.initializers.zeros,
-    'scale': nn.initializers.ones,
+    "kernel": nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+    "zero": nn.initializers.zeros,
+    "bias": nn.initializers.zeros,
+    "scale": nn.initializers.ones,
 }
 
 
@@ -28,11 +28,11 @@ def init(init_fn: Callable, key: jax.Array) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(jax.eval_shape(init_fn, key))
     names = [path[-1].key for path, _ in leaves]
-    sizes = [int(np.prod(leaf.shape)) if name == 'kernel' else 0 for name, (_, leaf) in zip(names, leaves, strict=True)]
+    sizes = [int(np.prod(leaf.shape)) if name == "kernel" else 0 for name, (_, leaf) in zip(names, leaves, strict=True)]
     draws = jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
     values = [
         draw.reshape(leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5
-        if name == 'kernel'
+        if name == "kernel"
         else _INITIALISERS[name](key, leaf.shape, leaf.dtype)
         for name, draw, (_, leaf) in zip(names, draws, leaves, strict=True)
     ]
@@ -49,15 +49,15 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array
     if all(k == 1 for k in size):
         steps = (slice(None), *(slice(None, None, s) for s in strides))
         return x[steps] @ kernel.reshape(kernel.shape[-2:])
-    if len(size) == 3 and jax.default_backend() == 'cpu':
+    if len(size) == 3 and jax.default_backend() == "cpu":
         return _conv3d_by_taps(x, kernel, strides)
-    spatial = 'DHW'[-len(size) :]
+    spatial = "DHW"[-len(size) :]
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         strides,
         [(k // 2, k // 2) for k in size],
-        dimension_numbers=(f'N{spatial}C', f'{spatial}IO', f'N{spatial}C'),
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )
 
 
@@ -86,9 +86,9 @@ class Conv(nn.Module):
         rank = x.ndim - 2
         size = (self.kernel,) * rank if isinstance(self.kernel, int) else self.kernel
         strides = (self.strides,) * rank if isinstance(self.strides, int) else self.strides
-        name = 'zero' if self.zero else 'kernel'
+        name = "zero" if self.zero else "kernel"
         kernel = self.param(name, _INITIALISERS[name], (*size, x.shape[-1], self.features))
-        bias = self.param('bias', _INITIALISERS['bias'], (self.features,))
+        bias = self.param("bias", _INITIALISERS["bias"], (self.features,))
         return conv(x.astype(self.dtype), kernel.astype(self.dtype), strides) + bias.astype(self.dtype)
 
 
@@ -101,9 +101,9 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        name = 'zero' if self.zero else 'kernel'
+        name = "zero" if self.zero else "kernel"
         kernel = self.param(name, _INITIALISERS[name], (x.shape[-1], self.features))
-        bias = self.param('bias', _INITIALISERS['bias'], (self.features,))
+        bias = self.param("bias", _INITIALISERS["bias"], (self.features,))
         return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
@@ -120,11 +120,13 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         groups = next(g for g in range(min(self.groups, channels), 0, -1) if channels % g == 0)
-        scale = self.param('scale', _INITIALISERS['scale'], (channels,))
-        bias = self.param('bias', _INITIALISERS['bias'], (channels,))
+        scale = self.param("scale", _INITIALISERS["scale"], (channels,))
+        bias = self.param("bias", _INITIALISERS["bias"], (channels,))
         spatial = tuple(range(1, x.ndim - 1))
         wide = x.astype(jnp.float32)
-        first, second = (m.reshape(-1, groups, channels // groups) for m in (wide.mean(spatial), (wide**2).mean(spatial)))
+        first, second = (
+            m.reshape(-1, groups, channels // groups) for m in (wide.mean(spatial), (wide**2).mean(spatial))
+        )
         mean = first.mean(-1, keepdims=True)
         variance = jnp.maximum(second.mean(-1, keepdims=True) - mean**2, 0.0)
         gain = (jax.lax.rsqrt(variance + self.epsilon) * jnp.ones_like(first)).reshape(-1, channels) * scale

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from launch import checkpoint
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'numpy', 'scipy')
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "scipy")
 
 
 def provenance() -> dict[str, Any]:
@@ -23,17 +23,17 @@ def provenance() -> dict[str, Any]:
     root = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
-        done = subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ''
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
 
-    commit = git('rev-parse', 'HEAD') or 'not a git checkout'
-    changed = '+changes' if git('status', '--porcelain', '--untracked-files=no') else ''
+    commit = git("rev-parse", "HEAD") or "not a git checkout"
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {
-        'git_commit': commit + changed,
-        'python': platform.python_version(),
-        'versions': {name: metadata.version(name) for name in PACKAGES},
-        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-        'processes': jax.process_count(),
+        "git_commit": commit + changed,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
     }
 
 
@@ -47,12 +47,12 @@ class Metrics:
         self._file = self._board = None
         if jax.process_index() != 0:
             return
-        path = folder / 'metrics.jsonl'
+        path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= start]
-        checkpoint.write_text(path, ''.join(line + '\n' for line in kept))
-        self._file = path.open('a')
-        if importlib.util.find_spec('tensorboard'):
+        checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+        if importlib.util.find_spec("tensorboard"):
             from tensorboard.summary import Writer
 
             self._board = Writer(str(folder))
@@ -61,8 +61,8 @@ class Metrics:
         """One line `{"step": step, ...}`; non-finite numbers become null."""
         if self._file is None:
             return
-        clean = {k: round(v, 8) if v == v and abs(v) != float('inf') else None for k, v in values.items()}
-        self._file.write(json.dumps({'step': step, **clean}) + '\n')
+        clean = {k: round(v, 8) if v == v and abs(v) != float("inf") else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
         if self._board:
             for name, value in values.items():
@@ -77,20 +77,20 @@ class Metrics:
 def _step_of(line: str) -> float:
     """Step of a metrics line; a line cut off by a kill counts as the future."""
     try:
-        return json.loads(line)['step']
+        return json.loads(line)["step"]
     except json.JSONDecodeError:
-        return float('inf')
+        return float("inf")
 
 
-def progress(name: str, total: int, start: int = 0, unit: str = 'step') -> tqdm:
+def progress(name: str, total: int, start: int = 0, unit: str = "step") -> tqdm:
     """A progress line with rate and time left: live on a terminal, a line every 15 s in a log, none on other hosts."""
     live = sys.stderr.isatty()
     return tqdm(
-        desc=f'{name:<12}',
+        desc=f"{name:<12}",
         total=total,
         initial=start,
         unit=unit,
-        disable=jax.process_index() != 0 or bool(os.environ.get('FACSIMILE_QUIET')),
+        disable=jax.process_index() != 0 or bool(os.environ.get("FACSIMILE_QUIET")),
         mininterval=0.2 if live else 15,
         maxinterval=0.5 if live else 30,
         dynamic_ncols=live,
@@ -101,5 +101,5 @@ def progress(name: str, total: int, start: int = 0, unit: str = 'step') -> tqdm:
 
 def say(text: str) -> None:
     """A line for the user, from the first process, that does not tear the progress line."""
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not os.environ.get("FACSIMILE_QUIET"):
         tqdm.write(text, file=sys.stderr)

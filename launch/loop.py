@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from clu import parameter_overview
 
 from launch import checkpoint, layers, log, mesh
 
@@ -45,7 +46,9 @@ def optimiser(
     return optax.chain(optax.clip_by_global_norm(clip), adam)
 
 
-def create(key: jax.Array, *, task: Task, tx: optax.GradientTransformation, ema: tuple[float, ...], select: bool) -> State:
+def create(
+    key: jax.Array, *, task: Task, tx: optax.GradientTransformation, ema: tuple[float, ...], select: bool
+) -> State:
     """The state before the first step; `select` reserves room for the parameters of the best selection loss."""
     params = layers.init(task.init, key)
     copy = functools.partial(jax.tree.map, jnp.copy)
@@ -66,7 +69,7 @@ def train_step(
         decay: optax.incremental_update(params, average, 1.0 - jnp.minimum(float(decay), warm))
         for decay, average in state.ema.items()
     }
-    metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **metrics}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
@@ -114,12 +117,13 @@ def fit(
     abstract = jax.eval_shape(make, key)
     shardings = mesh.shardings(abstract)
     init_key, step_key, prepare_key, eval_key = jax.random.split(key, 4)
-    with checkpoint.manager(folder / 'checkpoints') as checkpoints, _Terminated() as terminated:
+    with checkpoint.manager(folder / "checkpoints") as checkpoints, _Terminated() as terminated:
         start = checkpoints.latest_step() or 0
         if start:
             state = checkpoint.restore(checkpoints, abstract)
         else:
             state = jax.jit(make, out_shardings=shardings)(init_key)
+            log.say(f"{name}: {parameter_overview.count_parameters(state.params):,} parameters")
         if start >= steps:
             return state
         step_fn = jax.jit(
@@ -139,17 +143,17 @@ def fit(
             while len(pending) > waiting:
                 step, values = pending.popleft()
                 values = {k: float(v) for k, v in jax.device_get(values).items()}
-                if not all(abs(v) < float('inf') for v in values.values()):
+                if not all(abs(v) < float("inf") for v in values.values()):
                     good = checkpoints.latest_step()
-                    where = f'{folder / "checkpoints" / str(good)}' if good is not None else 'none yet'
-                    bad = ', '.join(f'{k}={v}' for k, v in values.items() if not abs(v) < float('inf'))
-                    raise FloatingPointError(f'{name}: {bad} at step {step}; last good checkpoint: {where}')
+                    where = f"{folder / 'checkpoints' / str(good)}" if good is not None else "none yet"
+                    bad = ", ".join(f"{k}={v}" for k, v in values.items() if not abs(v) < float("inf"))
+                    raise FloatingPointError(f"{name}: {bad} at step {step}; last good checkpoint: {where}")
                 window.append(values)
                 bar.update()
                 if (step + 1) % log_every == 0 or step + 1 == steps:
                     means = {k: sum(w[k] for w in window) / len(window) for k in values}
                     metrics.write(step + 1, means)
-                    bar.set_postfix(loss=f'{means["loss"]:.4f}', refresh=False)
+                    bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
                     window.clear()
 
         for step, batch in zip(range(start, steps), batches(start), strict=False):
@@ -166,7 +170,7 @@ def fit(
                 loss = jnp.stack(losses).mean()
                 if select:
                     state = best_fn(state, loss)
-                metrics.write(done, {'held_out_loss': float(loss)})
+                metrics.write(done, {"held_out_loss": float(loss)})
             if done % save_every == 0 or stop:
                 collect(waiting=0)
                 checkpoint.save(checkpoints, done, state)
@@ -176,7 +180,7 @@ def fit(
         metrics.close()
         checkpoints.wait_until_finished()
         if terminated() and done < steps:
-            log.say(f'{name}: told to stop; saved at step {done}. The same command goes on from there.')
+            log.say(f"{name}: told to stop; saved at step {done}. The same command goes on from there.")
             raise SystemExit(0)
         return state
 
@@ -190,7 +194,9 @@ def whole_batches(in_order: Callable, images: Sequence, batch: int) -> Iterator[
     devices = mesh.size()
     batch = min(batch, len(images) // devices * devices)
     if not batch:
-        raise ValueError(f'the selection slice has {len(images)} images, fewer than the {devices} devices: enlarge data.fractions.select')
+        raise ValueError(
+            f"the selection slice has {len(images)} images, fewer than the {devices} devices: enlarge data.fractions.select"
+        )
     for x, valid in in_order(images, batch):
         if valid == batch:
             yield mesh.put(x[mesh.rows(batch)])

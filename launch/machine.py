@@ -46,7 +46,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         str(flags.FLAGS["config"].value)  # a config file that could not be read is told on first use
         return rest
-    except Exception as error:  # noqa: BLE001  config files raise what they like while they are read
+    except Exception as error:
         if isinstance(error, MENDABLE + (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, ImportError)):
             sys.exit(report(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), 2))
         raise

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-AXES = ('data', 'fsdp')
+AXES = ("data", "fsdp")
 BATCH = jax.P(AXES)
 REPLICATED = jax.P()
 SHARD_AT_LEAST = 2**14  # elements; smaller leaves cost more to gather than to hold
@@ -27,7 +27,7 @@ def make(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     n = len(devices)
     if fsdp < 1 or n % fsdp:
-        raise ValueError(f'config.mesh.fsdp={fsdp} must divide the {n} devices')
+        raise ValueError(f"config.mesh.fsdp={fsdp} must divide the {n} devices")
     return jax.make_mesh((n // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -44,13 +44,13 @@ def leaf_spec(shape: tuple[int, ...], fsdp: int) -> jax.P:
     if not fitting:
         return REPLICATED
     axis = max(fitting, key=lambda a: shape[a])
-    return jax.P(*(['fsdp' if a == axis else None for a in range(axis + 1)]))
+    return jax.P(*(["fsdp" if a == axis else None for a in range(axis + 1)]))
 
 
 def shardings(tree: Any) -> Any:
     """`NamedSharding` for every leaf (anything with a shape) of a tree of parameters or of a whole train state."""
     mesh = jax.sharding.get_mesh()
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, mesh.shape['fsdp'])), tree)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, mesh.shape["fsdp"])), tree)
 
 
 def replicated() -> NamedSharding:
@@ -78,7 +78,7 @@ def rows(batch: int) -> slice:
       ValueError: if the devices do not divide the batch evenly.
     """
     if batch % size():
-        raise ValueError(f'batch size {batch} must be a multiple of the {size()} devices')
+        raise ValueError(f"batch size {batch} must be a multiple of the {size()} devices")
     local = batch // jax.process_count()
     return slice(jax.process_index() * local, (jax.process_index() + 1) * local)
 

@@ -40,7 +40,9 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
     for key in [*before, *settings]:
         was, now = before.get(key), settings.get(key)
         if was != now and key not in grow:
-            raise ValueError(f"{folder} was made with config.{key}={was!r}, not {now!r}: use another --workdir, or delete that folder")
+            raise ValueError(
+                f"{folder} was made with config.{key}={was!r}, not {now!r}: use another --workdir, or delete that folder"
+            )
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     barrier(f"claim {folder.name}")
@@ -57,4 +59,4 @@ def replace_folder(aside: Path, folder: Path) -> None:
     """Moves a finished folder into place."""
     if jax.process_index() == 0:
         os.replace(aside, folder)
-    barrier(f'replace {folder.name}')
+    barrier(f"replace {folder.name}")

@@ -87,10 +87,10 @@ class Autoencoder(NamedTuple):
     latent_shape: tuple[int, ...]
 
     def encode(self, params: Any, x: jax.Array) -> Posterior:
-        return self.encoder.apply(params['encoder'], x)
+        return self.encoder.apply(params["encoder"], x)
 
     def decode(self, params: Any, z: jax.Array) -> jax.Array:
-        return self.decoder.apply(params['decoder'], z)
+        return self.decoder.apply(params["decoder"], z)
 
 
 def build(
@@ -117,18 +117,31 @@ def build(
     each = lambda v: (int(v),) * len(size) if isinstance(v, int) else tuple(int(n) for n in v)
     patch, strides, widths = each(patch), tuple(each(s) for s in strides), tuple(widths)
     if len(strides) != len(widths) - 1:
-        raise ValueError(f'config.autoencoder.strides has {len(strides)} entries; widths {widths} need {len(widths) - 1}')
+        raise ValueError(
+            f"config.autoencoder.strides has {len(strides)} entries; widths {widths} need {len(widths) - 1}"
+        )
     if any(len(s) != len(size) for s in (*strides, patch)):
-        raise ValueError(f'config.autoencoder: strides {strides} and patch {patch} must fit images of size {tuple(size)}')
+        raise ValueError(
+            f"config.autoencoder: strides {strides} and patch {patch} must fit images of size {tuple(size)}"
+        )
     latent_size = []
     for axis, extent in enumerate(size):
         factor = patch[axis]
         for s in strides:
             factor *= s[axis]
         if extent % factor:
-            raise ValueError(f'config.data.size[{axis}]={extent} must be a multiple of {factor}, the autoencoder\'s factor')
+            raise ValueError(
+                f"config.data.size[{axis}]={extent} must be a multiple of {factor}, the autoencoder's factor"
+            )
         latent_size.append(extent // factor)
-    shared = {'widths': widths, 'strides': strides, 'patch': patch, 'blocks': blocks, 'attention': attention, 'dtype': dtype}
+    shared = {
+        "widths": widths,
+        "strides": strides,
+        "patch": patch,
+        "blocks": blocks,
+        "attention": attention,
+        "dtype": dtype,
+    }
     return Autoencoder(
         Encoder(**shared, latent=latent),
         Decoder(**shared, channels=channels),
@@ -157,8 +170,8 @@ def task(model: Autoencoder, *, kl_weight: float) -> Task:
     def init(key: jax.Array) -> Any:
         encoder_key, decoder_key = jax.random.split(key)
         return {
-            'encoder': model.encoder.init(encoder_key, jnp.zeros((1, *model.image_shape))),
-            'decoder': model.decoder.init(decoder_key, jnp.zeros((1, *model.latent_shape))),
+            "encoder": model.encoder.init(encoder_key, jnp.zeros((1, *model.image_shape))),
+            "decoder": model.decoder.init(decoder_key, jnp.zeros((1, *model.latent_shape))),
         }
 
     def loss(params: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -167,6 +180,6 @@ def task(model: Autoencoder, *, kl_weight: float) -> Task:
         l1 = jnp.abs(x_hat - x).mean()
         divergence = kl(q).mean()
         psnr = 10 * jnp.log10(4.0 / ((x_hat - x) ** 2).mean())
-        return l1 + kl_weight * divergence / pixels, {'l1': l1, 'kl': divergence, 'psnr': psnr}
+        return l1 + kl_weight * divergence / pixels, {"l1": l1, "kl": divergence, "psnr": psnr}
 
     return Task(init, loss)

@@ -66,8 +66,11 @@ def fold(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:
 
 def unfold(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:
     """Inverse of `fold`."""
-    batch, *cells, channels = x.shape
+    batch, *cells, _ = x.shape
     rank = len(cells)
-    order = (0, *(axis for pair in zip(range(1, rank + 1), range(rank + 1, 2 * rank + 1), strict=True) for axis in pair))
+    order = (
+        0,
+        *(axis for pair in zip(range(1, rank + 1), range(rank + 1, 2 * rank + 1), strict=True) for axis in pair),
+    )
     split = x.reshape(batch, *cells, *factors, -1).transpose(*order, 2 * rank + 1)
     return split.reshape(batch, *(c * f for c, f in zip(cells, factors, strict=True)), -1)

@@ -12,8 +12,8 @@ import numpy as np
 
 from launch.loop import Task
 
-SCHEDULES = ('cosine', 'linear', 'scaled_linear')
-PREDICTIONS = ('eps', 'v', 'x0')
+SCHEDULES = ("cosine", "linear", "scaled_linear")
+PREDICTIONS = ("eps", "v", "x0")
 
 
 def alpha_bar(kind: str, steps: int, beta: tuple[float, float] = (0.0015, 0.0195)) -> np.ndarray:
@@ -25,16 +25,16 @@ def alpha_bar(kind: str, steps: int, beta: tuple[float, float] = (0.0015, 0.0195
     Raises:
       ValueError: for another kind.
     """
-    if kind == 'cosine':
+    if kind == "cosine":
         t = np.arange(steps + 1) / steps
         f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
-    elif kind == 'linear':
+    elif kind == "linear":
         betas = np.linspace(*beta, steps)
-    elif kind == 'scaled_linear':
+    elif kind == "scaled_linear":
         betas = np.linspace(*np.sqrt(beta), steps) ** 2
     else:
-        raise ValueError(f'config.diffusion.schedule={kind!r}: use one of {", ".join(SCHEDULES)}')
+        raise ValueError(f"config.diffusion.schedule={kind!r}: use one of {', '.join(SCHEDULES)}")
     return np.cumprod(1 - betas).astype(np.float32)
 
 
@@ -59,24 +59,24 @@ def q_sample(z: jax.Array, eps: jax.Array, c: Coefficients) -> jax.Array:
 def check(predict: str) -> None:
     """Raises ValueError unless `predict` is one of `PREDICTIONS`."""
     if predict not in PREDICTIONS:
-        raise ValueError(f'config.diffusion.predict={predict!r}: use one of {", ".join(PREDICTIONS)}')
+        raise ValueError(f"config.diffusion.predict={predict!r}: use one of {', '.join(PREDICTIONS)}")
 
 
 def target(predict: str, z: jax.Array, eps: jax.Array, c: Coefficients) -> jax.Array:
     """What the network is to output: eps, x0 = z, or v = alpha eps - sigma z (Salimans and Ho 2022)."""
     check(predict)
-    if predict == 'eps':
+    if predict == "eps":
         return eps
-    if predict == 'x0':
+    if predict == "x0":
         return z
     return c.alpha * eps - c.sigma * z
 
 
 def split(predict: str, z_t: jax.Array, output: jax.Array, c: Coefficients) -> tuple[jax.Array, jax.Array]:
     """(z_hat, eps_hat) from the network's output at z_t; inverse of `target`."""
-    if predict == 'eps':
+    if predict == "eps":
         return (z_t - c.sigma * output) / c.alpha, output
-    if predict == 'x0':
+    if predict == "x0":
         return output, (z_t - c.alpha * output) / c.sigma
     return c.alpha * z_t - c.sigma * output, c.sigma * z_t + c.alpha * output
 
@@ -94,7 +94,9 @@ class Denoiser(NamedTuple):
     predict: str
 
 
-def losses(denoiser: Denoiser, params: Any, z: jax.Array, t: jax.Array, eps: jax.Array, key: jax.Array | None) -> jax.Array:
+def losses(
+    denoiser: Denoiser, params: Any, z: jax.Array, t: jax.Array, eps: jax.Array, key: jax.Array | None
+) -> jax.Array:
     """Squared error of the network at times t, mean over latent elements: (B,)."""
     c = at(denoiser.alpha_bar_T, t, z.ndim - 2)
     output = denoiser.apply(params, q_sample(z, eps, c), t / len(denoiser.alpha_bar_T), key)
@@ -129,11 +131,13 @@ def timesteps(T: int, steps: int) -> np.ndarray:
       ValueError: unless 1 <= steps <= T.
     """
     if not 1 <= steps <= T:
-        raise ValueError(f'config.sample.steps={steps} must be between 1 and config.diffusion.steps={T}')
+        raise ValueError(f"config.sample.steps={steps} must be between 1 and config.diffusion.steps={T}")
     return (np.round(np.linspace(T, 0, steps, endpoint=False)) - 1).astype(np.int32)
 
 
-def sample(denoiser: Denoiser, params: Any, keys_B: jax.Array, shape: tuple[int, ...], *, steps: int, eta: float) -> jax.Array:
+def sample(
+    denoiser: Denoiser, params: Any, keys_B: jax.Array, shape: tuple[int, ...], *, steps: int, eta: float
+) -> jax.Array:
     """Latents (B, *shape) by DDIM (Song et al. 2021, Eq. 12 and 16) as one scan.
 
     Args:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import checkpoint, layers, log, loop, mesh, stage
+from launch import checkpoint, log, loop, mesh, stage
 from ldm import autoencoder, diffusion, unet
 
 ENCODE_BATCH = 64
@@ -38,19 +38,19 @@ def build(image_shape: tuple[int, ...], workdir: Path, *, coder: dict, net: dict
     """The generator for images of `image_shape` (*S, C); the three dicts are the config's sections of the same order:
     `autoencoder`, `unet`, `diffusion`. Raises ValueError on settings that do not fit together."""
     coder = dict(coder)
-    kl_weight = coder.pop('kl_weight')
+    kl_weight = coder.pop("kl_weight")
     autoencoder_ = autoencoder.build(image_shape, **coder)
     unet_ = unet.UNet(**net)
 
     def apply(params: Any, z_t: jax.Array, t: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        return unet_.apply(params, z_t, t, train=key is not None, rngs={} if key is None else {'dropout': key})
+        return unet_.apply(params, z_t, t, train=key is not None, rngs={} if key is None else {"dropout": key})
 
     def init(key: jax.Array) -> Any:
         return unet_.init(key, jnp.zeros((1, *autoencoder_.latent_shape)), jnp.zeros(1))
 
-    alpha_bar_T = diffusion.alpha_bar(process['schedule'], process['steps'], process['beta'])
-    diffusion.check(process['predict'])
-    denoiser = diffusion.Denoiser(apply, alpha_bar_T, process['predict'])
+    alpha_bar_T = diffusion.alpha_bar(process["schedule"], process["steps"], process["beta"])
+    diffusion.check(process["predict"])
+    denoiser = diffusion.Denoiser(apply, alpha_bar_T, process["predict"])
     return Generator(autoencoder_, denoiser, init, kl_weight, workdir)
 
 
@@ -74,28 +74,28 @@ def train_autoencoder(
       batches, in_order: the input pipeline, as in the `data` package.
       augment: `augment(key, x) -> x` of the training images, on the device.
     """
-    folder = generator.workdir / 'autoencoder'
-    if checkpoint.published(folder) == fit['steps']:
+    folder = generator.workdir / "autoencoder"
+    if checkpoint.published(folder) == fit["steps"]:
         return
     moved = augment and jax.jit(augment)
     state = loop.fit(
-        'autoencoder',
+        "autoencoder",
         autoencoder.task(generator.autoencoder, kl_weight=generator.kl_weight),
         lambda start: batches(images, batch=batch, start=start),
         folder=folder,
-        tx=loop.optimiser(steps=fit['steps'], **optimiser),
+        tx=loop.optimiser(steps=fit["steps"], **optimiser),
         key=key,
         prepare=moved and (lambda x, key: moved(key, x)),
         held_out=lambda: loop.whole_batches(in_order, held_out, batch),
         **fit,
     )
-    checkpoint.publish(folder, fit['steps'], state.params)
+    checkpoint.publish(folder, fit["steps"], state.params)
 
 
 def load_autoencoder(generator: Generator) -> Any:
     """Parameters of the trained autoencoder."""
     init = autoencoder.task(generator.autoencoder, kl_weight=generator.kl_weight).init
-    return checkpoint.load(generator.workdir / 'autoencoder', jax.eval_shape(init, jax.random.key(0)))
+    return checkpoint.load(generator.workdir / "autoencoder", jax.eval_shape(init, jax.random.key(0)))
 
 
 def encode_set(generator: Generator, images: Sequence, *, in_order: Callable) -> None:
@@ -104,24 +104,24 @@ def encode_set(generator: Generator, images: Sequence, *, in_order: Callable) ->
 
     Both posterior moments are kept, so that training draws a fresh z each time: a stored draw would freeze its noise.
     """
-    folder = generator.workdir / 'latents'
+    folder = generator.workdir / "latents"
     if folder.exists():
         return
     params = load_autoencoder(generator)
-    aside = folder.with_name('.latents')
+    aside = folder.with_name(".latents")
     lead = jax.process_index() == 0
     if lead:
         aside.mkdir(parents=True, exist_ok=True)
-    stage.barrier('encode')
+    stage.barrier("encode")
     shape = (len(images), *generator.autoencoder.latent_shape)
     files = [
-        np.lib.format.open_memmap(aside / f'{name}.npy', mode='w+', dtype=np.float32, shape=shape) if lead else None
+        np.lib.format.open_memmap(aside / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape) if lead else None
         for name in autoencoder.Posterior._fields
     ]
     encode = jax.jit(generator.autoencoder.encode)
     axes = tuple(range(len(shape) - 1))
     at, total, squares = 0, 0.0, 0.0
-    with log.progress('latents', len(images), unit='image') as bar:
+    with log.progress("latents", len(images), unit="image") as bar:
         for q in mesh.stream(lambda x: encode(params, x), in_order(images, ENCODE_BATCH)):
             n = len(q.mu)
             for file, values in zip(files, q, strict=True):
@@ -137,24 +137,24 @@ def encode_set(generator: Generator, images: Sequence, *, in_order: Callable) ->
     for file in files:
         if lead:
             file.flush()
-    checkpoint.write_json(aside / 'moments.json', {'mean': mean.tolist(), 'std': std.tolist()})
+    checkpoint.write_json(aside / "moments.json", {"mean": mean.tolist(), "std": std.tolist()})
     stage.replace_folder(aside, folder)
 
 
 def moments(generator: Generator) -> tuple[jax.Array, jax.Array]:
     """(mean, std) of the training set's latents per channel, as `encode_set` left them."""
-    path = generator.workdir / 'latents' / 'moments.json'
+    path = generator.workdir / "latents" / "moments.json"
     if not path.exists():
-        raise FileNotFoundError(f'{path}: not there; run --mode=train with this --workdir first')
+        raise FileNotFoundError(f"{path}: not there; run --mode=train with this --workdir first")
     both = json.loads(path.read_text())
-    return jnp.asarray(both['mean'], jnp.float32), jnp.asarray(both['std'], jnp.float32)
+    return jnp.asarray(both["mean"], jnp.float32), jnp.asarray(both["std"], jnp.float32)
 
 
 class Posteriors:
     """Random access to the stored posteriors, (mu, logvar) per image."""
 
     def __init__(self, folder: Path):
-        self._arrays = [np.load(folder / f'{name}.npy', mmap_mode='r') for name in autoencoder.Posterior._fields]
+        self._arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in autoencoder.Posterior._fields]
 
     def __len__(self) -> int:
         return len(self._arrays[0])
@@ -182,8 +182,8 @@ def train_diffusion(
     Augmentation (`augment(key, x) -> x`) acts on images and is followed by the encoder in every step: stored latents
     of one view would make it a no-op. Without augmentation the posteriors of `encode_set` say the same, far cheaper.
     """
-    folder = generator.workdir / 'diffusion'
-    if checkpoint.published(folder) == fit['steps']:
+    folder = generator.workdir / "diffusion"
+    if checkpoint.published(folder) == fit["steps"]:
         return
     params = load_autoencoder(generator)
     mean, std = moments(generator)
@@ -193,24 +193,24 @@ def train_diffusion(
         return (autoencoder.draw(autoencoder.Posterior(*q), key) - mean) / std
 
     if augment is None:
-        source, prepare = Posteriors(generator.workdir / 'latents'), None
+        source, prepare = Posteriors(generator.workdir / "latents"), None
     else:
         moved = jax.jit(augment)
         source, prepare = images, lambda x, key: encode(params, moved(key, x))
     encoded = [encode(params, x) for x in loop.whole_batches(in_order, held_out, batch)]
     state = loop.fit(
-        'diffusion',
+        "diffusion",
         diffusion.task(generator.denoiser, generator.init_unet, draw),
         lambda start: batches(source, batch=batch, start=start),
         folder=folder,
-        tx=loop.optimiser(steps=fit['steps'], **optimiser),
+        tx=loop.optimiser(steps=fit["steps"], **optimiser),
         key=key,
         ema=tuple(ema),
         prepare=prepare,
         held_out=lambda: encoded,
         **fit,
     )
-    checkpoint.publish(folder, fit['steps'], state.ema)
+    checkpoint.publish(folder, fit["steps"], state.ema)
 
 
 def load(generator: Generator, *, ema: float, decays: tuple[float, ...]) -> Weights:
@@ -220,13 +220,15 @@ def load(generator: Generator, *, ema: float, decays: tuple[float, ...]) -> Weig
       ValueError: if that average was not kept.
     """
     if ema not in decays:
-        raise ValueError(f'config.sample.ema={ema}: training keeps config.train.diffusion.ema={tuple(decays)}')
+        raise ValueError(f"config.sample.ema={ema}: training keeps config.train.diffusion.ema={tuple(decays)}")
     one = jax.eval_shape(generator.init_unet, jax.random.key(0))
-    averages = checkpoint.load(generator.workdir / 'diffusion', {str(decay): one for decay in decays})
+    averages = checkpoint.load(generator.workdir / "diffusion", {str(decay): one for decay in decays})
     return Weights(load_autoencoder(generator), averages[str(ema)], *moments(generator))
 
 
-def sampler(generator: Generator, weights: Weights, *, key: jax.Array, steps: int, eta: float) -> Callable[[np.ndarray], jax.Array]:
+def sampler(
+    generator: Generator, weights: Weights, *, key: jax.Array, steps: int, eta: float
+) -> Callable[[np.ndarray], jax.Array]:
     """A jitted function: sample numbers (B,) -> images (B, *S, C) in [-1, 1].
 
     Image i depends on (`key`, i) alone: not on its batch, the number of devices, or how many are drawn.

@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("FACSIMILE_QUIET", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/facsimile/tests"))

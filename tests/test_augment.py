@@ -44,8 +44,15 @@ def test_rotation_in_the_plane_is_scipys(degrees, border):
     x = _images((2, 21, 21, 1))
 
     def scipys(image):
-        return scipy.ndimage.rotate(image, degrees, axes=(0, 1), reshape=False, order=1,
-                                    mode="nearest" if border == "edge" else "constant", cval=image.min())
+        return scipy.ndimage.rotate(
+            image,
+            degrees,
+            axes=(0, 1),
+            reshape=False,
+            order=1,
+            mode="nearest" if border == "edge" else "constant",
+            cval=image.min(),
+        )
 
     want, got = _per_channel(scipys, x), np.asarray(aug.rotate(x, degrees, border))
     # scipy's 'constant' cuts off just outside the last voxel where ours fades to the fill, so compare inside.
@@ -70,7 +77,8 @@ def test_rotation_about_all_axes_is_one_affine_transform():
     assert np.linalg.det(turns) > 0
     middle = (np.array(x.shape[1:-1]) - 1) / 2
     want = _per_channel(
-        lambda v: scipy.ndimage.affine_transform(v, turns, middle - turns @ middle, order=1, mode="nearest"), x)
+        lambda v: scipy.ndimage.affine_transform(v, turns, middle - turns @ middle, order=1, mode="nearest"), x
+    )
     np.testing.assert_allclose(aug.rotate(x, [4.0, -3.0, 5.0]), want, atol=2e-4)
     one = aug.rotate(x, 4.0)
     np.testing.assert_array_equal(one, aug.rotate(x, [4.0, 0.0, 0.0]))  # one angle turns the axial sections
@@ -94,8 +102,10 @@ def test_flip_shift_scale(shape):
     np.testing.assert_allclose(moved[..., 2:, :], x[..., :-2, :], atol=1e-5)
     np.testing.assert_allclose(moved[..., :2, :], np.repeat(x[..., :1, :], 2, -2), atol=1e-5)
     middle = (np.array(shape[1:-1]) - 1) / 2
-    want = _per_channel(lambda v: scipy.ndimage.affine_transform(
-        v, np.eye(rank) / 1.2, middle - middle / 1.2, order=1, mode="nearest"), x)
+    want = _per_channel(
+        lambda v: scipy.ndimage.affine_transform(v, np.eye(rank) / 1.2, middle - middle / 1.2, order=1, mode="nearest"),
+        x,
+    )
     np.testing.assert_allclose(aug.scale(x, 1.2), want, atol=2e-4)
 
 
@@ -103,8 +113,12 @@ def test_flip_shift_scale(shape):
 @pytest.mark.parametrize("sigma", [0.5, 1.3])
 def test_blur_is_scipys(shape, sigma):
     x = _images(shape)
-    want = _per_channel(lambda v: scipy.ndimage.gaussian_filter(
-        v.astype(np.float64), sigma, mode="nearest", radius=int(np.ceil(3 * sigma))), x)
+    want = _per_channel(
+        lambda v: scipy.ndimage.gaussian_filter(
+            v.astype(np.float64), sigma, mode="nearest", radius=int(np.ceil(3 * sigma))
+        ),
+        x,
+    )
     np.testing.assert_allclose(aug.blur(x, sigma), want, atol=1e-5)
 
 
@@ -123,8 +137,14 @@ def test_intensity_transforms_in_closed_form():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_neutral_transforms_change_no_bit(shape):
     x = _images(shape)
-    for same in (aug.rotate(x, 0.0), aug.shift(x, 0.0), aug.scale(x, 1.0), aug.blur(x, 0.0),
-                 aug.noise(jax.random.key(0), x, 0.0), aug.rotate(x, 0.0, "minimum")):
+    for same in (
+        aug.rotate(x, 0.0),
+        aug.shift(x, 0.0),
+        aug.scale(x, 1.0),
+        aug.blur(x, 0.0),
+        aug.noise(jax.random.key(0), x, 0.0),
+        aug.rotate(x, 0.0, "minimum"),
+    ):
         np.testing.assert_array_equal(same, x)
     for close in (aug.gamma(x, 1.0), aug.bias_field(x, 0.0)):
         np.testing.assert_allclose(close, x, atol=1e-6)
@@ -219,9 +239,20 @@ def test_gradients_reach_the_image():
     assert np.isfinite(slope).all() and abs(float(slope.sum()) - x.size) < 1e-2 * x.size
 
 
-@pytest.mark.parametrize("bad", [
-    dict(flip=1.5), dict(rotate_p=-0.1), dict(rotate=-1.0), dict(scale=1.0), dict(flip_axis=2), dict(flip_axis=-3),
-    dict(noise=float("nan")), dict(border="wrap"), dict(x=np.zeros((3, 8, 8), np.float32))])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(flip=1.5),
+        dict(rotate_p=-0.1),
+        dict(rotate=-1.0),
+        dict(scale=1.0),
+        dict(flip_axis=2),
+        dict(flip_axis=-3),
+        dict(noise=float("nan")),
+        dict(border="wrap"),
+        dict(x=np.zeros((3, 8, 8), np.float32)),
+    ],
+)
 def test_bad_settings_are_one_clear_line(bad):
     with pytest.raises(ValueError, match=r"^augment: [^\n]+$"):
         aug.augment(jax.random.key(0), **{"x": np.zeros((2, 8, 8, 1), np.float32)} | bad)
@@ -229,8 +260,14 @@ def test_bad_settings_are_one_clear_line(bad):
 
 def test_bad_single_transforms_are_one_clear_line():
     x = np.zeros((2, 8, 8, 1), np.float32)
-    for call in (lambda: aug.rotate(x, [1.0, 2.0, 3.0]), lambda: aug.flip(x, 2), lambda: aug.scale(x, 0.0),
-                 lambda: aug.blur(x, -1.0), lambda: aug.bias_field(x, 0.1, [0.0] * 4),
-                 lambda: aug.bias_field(x, 0.1, [1.0]), lambda: aug.noise(jax.random.key(0), x[0], 0.1)):
+    for call in (
+        lambda: aug.rotate(x, [1.0, 2.0, 3.0]),
+        lambda: aug.flip(x, 2),
+        lambda: aug.scale(x, 0.0),
+        lambda: aug.blur(x, -1.0),
+        lambda: aug.bias_field(x, 0.1, [0.0] * 4),
+        lambda: aug.bias_field(x, 0.1, [1.0]),
+        lambda: aug.noise(jax.random.key(0), x[0], 0.1),
+    ):
         with pytest.raises(ValueError, match=r"^augment: "):
             call()

@@ -147,15 +147,21 @@ def test_records_are_stable_and_disjoint(subjects, scans, data):
     more = cohort.records(subjects=grown, scans=scans)
     for split in subjects:
         old, new = ([r for r in some if r.split == split] for some in (rows, more))
-        assert new[:len(old)] == old
+        assert new[: len(old)] == old
         assert split == "train" or new == old
 
 
 @given(st.integers(1, 20), st.integers(0, 20), st.integers(1, 3), st.booleans(), st.sampled_from(["train", "val"]))
 def test_planted_duplicates_tell_the_truth(train, duplicates, copies, rescanned, into):
     duplicates = min(duplicates, train)
-    rows = cohort.records(subjects={"train": train, "val": 2}, duplicates=duplicates, copies=copies,
-                          rescanned=rescanned, into=into, seed=3)
+    rows = cohort.records(
+        subjects={"train": train, "val": 2},
+        duplicates=duplicates,
+        copies=copies,
+        rescanned=rescanned,
+        into=into,
+        seed=3,
+    )
     honest = {r.id: r for r in rows if not r.duplicate_of}
     planted = [r for r in rows if r.duplicate_of]
     assert len(honest) == train + 2 and len(planted) == duplicates * copies
@@ -178,18 +184,28 @@ def test_planted_pictures():
     assert not np.array_equal(copy, source) and _correlations(copy[None], source[None])[0, 0] > 0.95
 
 
-@pytest.mark.parametrize("bad", [
-    dict(subjects={"test": 3}), dict(subjects={"train": -1}), dict(subjects={"train": cohort.SPLIT_STRIDE + 1}),
-    dict(subjects={"train": 3}, scans=0), dict(subjects={"train": 3}, duplicates=4),
-    dict(subjects={"val": 3}, duplicates=1),
-    dict(subjects={"train": 3}, duplicates=1, into="val"), dict(subjects={"train": 3}, duplicates=1, copies=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(subjects={"test": 3}),
+        dict(subjects={"train": -1}),
+        dict(subjects={"train": cohort.SPLIT_STRIDE + 1}),
+        dict(subjects={"train": 3}, scans=0),
+        dict(subjects={"train": 3}, duplicates=4),
+        dict(subjects={"val": 3}, duplicates=1),
+        dict(subjects={"train": 3}, duplicates=1, into="val"),
+        dict(subjects={"train": 3}, duplicates=1, copies=0),
+    ],
+)
 def test_bad_records_are_one_clear_line(bad):
     with pytest.raises(ValueError, match=r"^cohort: [^\n]+$"):
         cohort.records(**bad)
 
 
-@pytest.mark.parametrize("bad", [
-    dict(size=(64,)), dict(size=(1, 64)), dict(size=(2, 3, 4, 5)), dict(number=-1), dict(scan=-1), dict(seed=-1)])
+@pytest.mark.parametrize(
+    "bad",
+    [dict(size=(64,)), dict(size=(1, 64)), dict(size=(2, 3, 4, 5)), dict(number=-1), dict(scan=-1), dict(seed=-1)],
+)
 def test_bad_subjects_are_one_clear_line(bad):
     with pytest.raises(ValueError, match=r"^cohort: [^\n]+$"):
         cohort.subject(**{"number": 0, "size": (16, 16)} | bad)

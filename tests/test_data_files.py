@@ -215,6 +215,8 @@ def test_fit(tmp_path):
     assert (crop == 1).all()
     assert (pad[:2] == -1).all() and (pad[-2:] == -1).all() and (pad[4:6, 4:6] == 1).all() and pad[5, 0] == -1
     assert stretch[5, 0] == -1 and stretch[0, 5] == 1
+    thread = files._fit(np.ones((1, 300_000, 1), np.float32), (8, 8), "pad")  # its frame would fill the memory
+    assert thread.shape == (8, 8, 1) and thread.max() < -0.99
     volume = files._fit(np.ones((16, 8, 12, 1), np.float32), (8, 8, 8), "pad")
     assert volume.shape == (8, 8, 8, 1) and (volume[:, 0] == -1).all() and (volume[:, 3:5, 2:6] == 1).all()
 

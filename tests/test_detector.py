@@ -74,7 +74,7 @@ def test_the_papers_3d_encoder_reaches_its_grid():
 
 
 def test_unknown_arch_is_told():
-    with pytest.raises(ValueError, match="config.detector.arch='vit'"):
+    with pytest.raises(ValueError, match=r"config\.detector\.arch='vit'"):
         encoder.build("vit")
 
 

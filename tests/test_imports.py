@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+
 from tests.conftest import ROOT
 
 ALLOWED = {

@@ -21,7 +21,8 @@ def reference_conv(x, kernel, strides):
         planes = []
         for f in range(kernel.shape[-1]):
             total = sum(
-                signal.correlate(np.pad(x[b, ..., c], pad), kernel[..., c, f], "valid", "direct") for c in range(x.shape[-1])
+                signal.correlate(np.pad(x[b, ..., c], pad), kernel[..., c, f], "valid", "direct")
+                for c in range(x.shape[-1])
             )
             planes.append(total[tuple(slice(None, None, s) for s in strides)])
         out.append(np.stack(planes, -1))

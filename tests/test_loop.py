@@ -5,7 +5,6 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from launch import checkpoint, layers, log, loop, mesh
@@ -167,7 +166,14 @@ def test_golden_step():
     """One step of plain Adam on a scalar, by hand: p - rate * g / (|g| + eps), after clipping."""
     task = loop.Task(lambda key: {"scale": jnp.ones(())}, lambda p, b, k: (0.5 * (p["scale"] * b).sum() ** 2, {}))
     tx = loop.optimiser(steps=10, rate=0.1)
-    state = loop.State(jnp.int32(0), {"scale": jnp.float32(1.0)}, tx.init({"scale": jnp.float32(1.0)}), {"0.9": {"scale": jnp.float32(1.0)}}, (), jnp.float32(jnp.inf))
+    state = loop.State(
+        jnp.int32(0),
+        {"scale": jnp.float32(1.0)},
+        tx.init({"scale": jnp.float32(1.0)}),
+        {"0.9": {"scale": jnp.float32(1.0)}},
+        (),
+        jnp.float32(jnp.inf),
+    )
     state, metrics = loop.train_step(state, jnp.array([2.0]), task=task, tx=tx, key=jax.random.key(0))
     assert float(metrics["loss"]) == 2.0 and float(metrics["grad_norm"]) == 4.0
     assert float(state.params["scale"]) == pytest.approx(0.9, abs=1e-6)

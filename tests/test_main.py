@@ -33,14 +33,22 @@ def environment(cache, **extra):
 
 def run(workdir, *args, cache, config=TINY, **extra):
     return subprocess.run(
-        command(workdir, *args, config=config), cwd=ROOT, env=environment(cache, **extra), capture_output=True, text=True
+        command(workdir, *args, config=config),
+        cwd=ROOT,
+        env=environment(cache, **extra),
+        capture_output=True,
+        text=True,
     )
 
 
 def products(workdir):
     """What a run ends in: every sample and the audit."""
     samples = {p.name: p.read_bytes() for p in sorted((workdir / "samples").glob("*.png"))}
-    return samples, json.loads((workdir / "audit" / "audit.json").read_text()), (workdir / "audit" / "verdicts.csv").read_text()
+    return (
+        samples,
+        json.loads((workdir / "audit" / "audit.json").read_text()),
+        (workdir / "audit" / "verdicts.csv").read_text(),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +65,11 @@ def test_the_whole_path(whole):
     samples, audit, verdicts = products(whole)
     assert len(samples) == 12 and PIL.Image.open(whole / "samples" / "000003.png").size == (32, 32)
     assert (audit["n_train"], audit["n_val"], audit["n_syn"], audit["n_train_patients"]) == (16, 24, 12, 16)
-    rates = [*audit["calibrated"]["copy_rate_ci"], audit["calibrated"]["copy_rate"], *audit["negative_control"]["flag_rate_ci"]]
+    rates = [
+        *audit["calibrated"]["copy_rate_ci"],
+        audit["calibrated"]["copy_rate"],
+        *audit["negative_control"]["flag_rate_ci"],
+    ]
     rates += [audit["paper"]["null_mem_rate"], audit["paper"]["null_copy_rate"], audit["negative_control"]["flag_rate"]]
     assert all(0 <= rate <= 1 for rate in rates)
     assert audit["calibrated"]["n_copies"] == sum(line.endswith(",1") for line in verdicts.splitlines()[1:])
@@ -124,7 +136,9 @@ def test_any_folder_of_images_is_audited(whole, cache, tmp_path):
     for i, image in enumerate(train.images):
         grey = np.round((image[..., 0] + 1) * 127.5).astype(np.uint8)
         PIL.Image.fromarray(grey).save(folder / f"x{i}.png")
-    done = run(tmp_path / "run", "--mode=audit", f"--config.audit.synthetic={folder}", "--config.audit.fdr=0.2", cache=cache)
+    done = run(
+        tmp_path / "run", "--mode=audit", f"--config.audit.synthetic={folder}", "--config.audit.fdr=0.2", cache=cache
+    )
     assert done.returncode == 0, done.stderr
     audit = json.loads((tmp_path / "run" / "audit" / "audit.json").read_text())
     assert audit["calibrated"]["copy_rate"] == 1 and audit["calibrated"]["n_mem"] == 16
@@ -137,7 +151,10 @@ def test_any_folder_of_images_is_audited(whole, cache, tmp_path):
         (["--mode=trane"], "use one or more of train, sample, audit"),
         (["--mode=train", "--config.unet.widht=64"], "width"),
         (["--mode=train", "--config.unet.width=wide"], "config.unet.width"),
-        (["--mode=train", "--config.data.path=/nowhere"], "/nowhere: there is no such file or folder; correct data.path"),
+        (
+            ["--mode=train", "--config.data.path=/nowhere"],
+            "/nowhere: there is no such file or folder; correct data.path",
+        ),
         (["--mode=train", "--config.autoencoder.patch=3"], "must be a multiple of"),
         (["--mode=train", "--config.diffusion.predict=mu"], "config.diffusion.predict='mu'"),
         (["--mode=sample"], "run --mode=train with this --workdir first"),
