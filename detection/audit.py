@@ -75,6 +75,11 @@ class Views(NamedTuple):
     report: dict[str, Any]
 
 
+def as_it_is(x: jax.Array) -> jax.Array:
+    """The view of images that need no rendering."""
+    return x
+
+
 def like_for_like(
     sets: Mapping[str, Any],
     synthetic: Any,
@@ -85,19 +90,18 @@ def like_for_like(
 ) -> Views:
     """Renders real images as the synthetic ones are (see `audit`) and measures what difference is left."""
     val = sets["val"]
-    same = lambda x: x
 
     def spectra(images: Sequence, view: Callable) -> np.ndarray:
         return np.concatenate(list(mesh.stream(lambda x: rendering.spectra(view(x)), in_order(images, batch))))
 
-    syn_KxF = spectra(synthetic.images, same)
+    syn_KxF = spectra(synthetic.images, as_it_is)
     if render is None:
-        filters = rendering.common_filters(spectra(val.images, same), syn_KxF)
+        filters = rendering.common_filters(spectra(val.images, as_it_is), syn_KxF)
         view = lambda gain: lambda x: rendering.apply_filter(x, gain)
         real, fake, kind = view(filters.real), view(filters.synthetic), "low-pass to the common spectrum"
         syn_KxF = spectra(synthetic.images, fake)
     else:
-        real, fake, kind = render, same, "round trip through the autoencoder"
+        real, fake, kind = render, as_it_is, "round trip through the autoencoder"
     report = rendering.compare(spectra(val.images, real), val.patients, syn_KxF, seed=seed)
     return Views(real, fake, {"kind": kind, **report})
 
@@ -107,11 +111,17 @@ def similarities(
 ) -> Similarities:
     """Embeds every set, as it is and as it is rendered, and finds nearest neighbours in each direction."""
     embed = detector.embedder(model)
-    same = lambda x: x
     train, val, control = (sets[name].images for name in ("train", "val", "control"))
     syn = synthetic.images
-    todo = [(train, same), (val, same), (syn, same), (train, views.real), (val, views.real), (control, views.real)]
-    todo += [(syn, views.synthetic)] if views.synthetic(syn) is not syn else []
+    todo = [
+        (train, as_it_is),
+        (val, as_it_is),
+        (syn, as_it_is),
+        (train, views.real),
+        (val, views.real),
+        (control, views.real),
+    ]
+    todo += [(syn, views.synthetic)] if views.synthetic is not as_it_is else []
     with log.progress("embedding", sum(len(images) for images, _ in todo), unit="image") as bar:
 
         def embeddings(images: Sequence, view: Callable) -> np.ndarray:

@@ -75,7 +75,7 @@ def nearest(query_NxD, key_MxD, *, k: int = 1, block: tuple[int, int] | None = N
     for start in range(0, n, plan.query_rows):
         query = _padded(query_NxD, start, plan.query_rows, plan.queries)
         shape = query.shape[:2] + (k + _SPARE,)
-        best = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32), jnp.float32(0)
+        best = jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32), jnp.float32(0)
         for first in range(0, m, plan.key_rows):
             best = _keep_tiles(query, read_keys(first), *best, first, m)
         if pending:  # the host settles one group of queries while the device multiplies the next

@@ -44,7 +44,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Flags from the command line; anything wrong with them is one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
-        str(flags.FLAGS["config"].value)  # a config file that could not be read is told on first use
+        _ = flags.FLAGS["config"].value.seed  # a config file that could not be read is told on first use
         return rest
     except Exception as error:
         if isinstance(error, MENDABLE + (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, ImportError)):
