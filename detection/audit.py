@@ -233,6 +233,7 @@ def draw(
         sims.null_M,
         [
             (f"calibrated threshold (FDR {result['calibrated']['fdr']:g})", test.threshold, "-"),
+            ("score the fewest flaggable copies would need", None if test.flagged_K.any() else test.needed, ":"),
             ("the paper's rule", result["paper"]["threshold"], "--"),
         ],
         f"{result['calibrated']['n_copies']} of {result['n_syn']} synthetic images flagged as copies",
@@ -255,7 +256,8 @@ def table(result: dict[str, Any], folder: Path) -> str:
         f"{'memorized training images':34}{calibrated['n_mem']:>24}{paper['n_mem']:>24}{percent(paper['null_mem_rate']):>26}",
         f"{'  patients':34}{calibrated['n_mem_patients']:>24}{paper['n_mem_patients']:>24}",
         f"negative control: {percent(negative['flag_rate'])} {span(negative['flag_rate_ci'])} of {negative['n']} images of "
-        f"{negative['n_patients']} unseen patients have p <= {negative['nominal']:g} (nominal {percent(negative['nominal'])})",
+        f"{negative['n_patients']} unseen patients have p <= {negative['nominal']:g} (nominal {percent(negative['nominal'])}; "
+        f"chance of as many: {negative['excess_p_value']:.3f})",
         f"smallest copy rate that could be flagged: {can}; rendering differs: {'YES' if result['rendering']['differs'] else 'no'} "
         f"({result['rendering']['worst_gap_db']:+.1f} dB)",
         f"report: {folder}/audit.json, verdicts.csv, pairs.png, histogram.png",

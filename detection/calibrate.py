@@ -4,6 +4,7 @@ Sizes: N training images, M validation images, C control images, K synthetic ima
 image to its nearest training image. Patients are the unit: images of one patient are dependent, those of two are not.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,11 @@ def null_floor(
     perfect generator. The copy rate needs no matching of sizes: each control image meets all N training images, as a
     synthetic one does. The memorized rate does: with a_i of the C control images above tau for training image i, the
     chance that none of k drawn ones is above is C(C - a_i, k) / C(C, k) for k <= C (exact expectation over subsets).
-    For k > C it is estimated by (1 - a_i / C)^k, which is biased low where a_i = 0: `extrapolated` says so.
+    For k > C it is an extrapolation, and `extrapolated` says so: the training images that no control image came near
+    stand for unseen species, whose number and discovery follow Chao's estimator (`hit_by`). The naive 1 - (1 - a_i /
+    C)^k takes a_i = 0 for impossible and gave less than half of the truth in simulation. Images of one control
+    patient count as separate draws; as they repeat each other, the true rate for k independent images is a little
+    higher than either estimate.
 
     Args:
       train_of_control_C: similarity of each control image to its nearest training image.
@@ -70,12 +75,26 @@ def null_floor(
             - special.gammaln(c + 1)
             + special.gammaln(c - k + 1)
         )
-        none = np.where(c - a >= k, np.exp(log_none), 0.0)
+        mem_rate = float(1 - np.where(c - a >= k, np.exp(log_none), 0.0).mean())
     else:
-        none = (1 - a / c) ** k
-    return NullFloor(
-        float(flags.mean()), rate_interval(flags, patients_C, seed=seed), max(float(1 - none.mean()), 0.0), k > c
-    )
+        mem_rate = hit_by(a, c, k) / len(a)
+    return NullFloor(float(flags.mean()), rate_interval(flags, patients_C, seed=seed), max(mem_rate, 0.0), k > c)
+
+
+def hit_by(a_N: np.ndarray, c: int, k: int) -> float:
+    """Expected number of the N targets hit by k >= c draws, when c draws hit target i a_i times.
+
+    Incidence-based extrapolation of species richness (Chao et al. 2014, 'Rarefaction and extrapolation with Hill
+    numbers', Ecological Monographs 84; the unseen by Chao2), with no more unseen targets than are left of the N. With
+    q1, q2 targets hit once, twice: unseen u = (c - 1) / c q1^2 / (2 q2), and S(k) = S(c) + u (1 - (1 - q1 / (c u +
+    q1))^(k - c)). Good to k of 2 or 3 c; beyond that a lower bound, as Chao2 is one.
+    """
+    seen, once, twice = ((a_N > 0).sum(), (a_N == 1).sum(), (a_N == 2).sum())
+    unseen = (c - 1) / c * (once**2 / (2 * twice) if twice else once * (once - 1) / 2)
+    unseen = min(unseen, len(a_N) - seen)
+    if unseen <= 0:
+        return float(seen)
+    return float(seen + unseen * (1 - (1 - once / (c * unseen + once)) ** (k - c)))
 
 
 def conformal_p(scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray) -> np.ndarray:
@@ -104,14 +123,15 @@ def patient_weights(patients: np.ndarray) -> np.ndarray:
 def benjamini_hochberg(p_K: np.ndarray, fdr: float) -> np.ndarray:
     """Which p-values are flagged at this false-discovery rate (Benjamini and Hochberg 1995).
 
-    Conformal p-values that share one null set are positively dependent, under which the procedure still holds (Bates et
-    al. 2023).
+    Conformal p-values that share one null set of one image a patient are positively dependent (PRDS), under which the
+    procedure holds (Bates et al. 2023). With several images a patient that is not proved; the tests simulate it. An
+    exact tie p = fdr r / K is flagged, whatever the rounding of p.
     """
     if not 0 < fdr < 1:
         raise ValueError(f"config.audit.fdr={fdr} must lie between 0 and 1")
     if not len(p_K):
         return np.zeros(0, bool)
-    return stats.false_discovery_control(p_K, method="bh") <= fdr
+    return stats.false_discovery_control(p_K, method="bh") <= fdr * (1 + 1e-9)
 
 
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -124,17 +144,22 @@ def rate_interval(flags: np.ndarray, patients: np.ndarray, *, seed: int, level: 
     """Interval of a rate over images whose patients are the independent unit: the hull of two.
 
     A bootstrap that resamples patients (percentile), and Clopper-Pearson as if there were as many images as the
-    effective number (sum w)^2 / sum w^2 of patients by their image counts; the latter keeps an interval where the
-    bootstrap has none (all or nothing flagged).
+    `effective_number` of patients; the latter keeps an interval where the bootstrap has none (all or nothing flagged).
     """
     flags = np.asarray(flags, float)
     _, inverse, counts = np.unique(patients, return_inverse=True, return_counts=True)
     hits = np.bincount(inverse, weights=flags)
-    draw = np.random.default_rng(seed).integers(0, len(counts), (DRAWS, len(counts)))
-    low, high = np.quantile(hits[draw].sum(1) / counts[draw].sum(1), [(1 - level) / 2, (1 + level) / 2])
-    effective = max(round(counts.sum() ** 2 / (counts**2).sum()), 1)
-    exact = beta_interval(flags.mean(), effective, level)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, len(counts), len(counts)) for _ in range(DRAWS))
+    low, high = np.quantile([hits[i].sum() / counts[i].sum() for i in draws], [(1 - level) / 2, (1 + level) / 2])
+    exact = beta_interval(flags.mean(), effective_number(patients), level)
     return min(float(low), exact[0]), max(float(high), exact[1])
+
+
+def effective_number(patients: np.ndarray) -> int:
+    """Patients that would say as much with one image each: (sum w)^2 / sum w^2 by image counts (Kish 1965), at least 1."""
+    counts = np.unique(patients, return_counts=True)[1]
+    return max(round(counts.sum() ** 2 / (counts**2).sum()), 1)
 
 
 def beta_interval(rate: float, n: float, level: float = 0.95) -> tuple[float, float]:
@@ -153,6 +178,7 @@ class Calibrated(NamedTuple):
     threshold: float | None  # the lowest flagged score; None where nothing is flagged
     rate: float
     rate_ci: tuple[float, float]
+    needed: float | None  # see `needed_score`: where a threshold is drawn if nothing is flagged
 
 
 def calibrated_test(
@@ -166,21 +192,43 @@ def calibrated_test(
     p_K = conformal_p(scores_K, null_M, patients_M)
     flagged_K = benjamini_hochberg(p_K, fdr)
     rng = np.random.default_rng(seed)
-    _, inverse = np.unique(patients_M, return_inverse=True)
-    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse))[:-1])
     rates = []
-    for _ in range(DRAWS // 4):
-        chosen = rng.integers(0, len(members), len(members))
-        images = np.concatenate([members[i] for i in chosen])
-        renamed = np.repeat(np.arange(len(chosen)), [len(members[i]) for i in chosen])
+    for images, renamed in resampled_patients(patients_M, DRAWS // 4, rng):
         resampled = scores_K[rng.integers(0, len(scores_K), len(scores_K))]
         rates.append(benjamini_hochberg(conformal_p(resampled, null_M[images], renamed), fdr).mean())
     exact = clopper_pearson(flagged_K.sum(), len(flagged_K))
     low, high = np.quantile(rates, [0.025, 0.975])
     threshold = float(scores_K[flagged_K].min()) if flagged_K.any() else None
-    return Calibrated(
-        p_K, flagged_K, threshold, float(flagged_K.mean()), (min(float(low), exact[0]), max(float(high), exact[1]))
-    )
+    rate_ci = min(float(low), exact[0]), max(float(high), exact[1])
+    needed = needed_score(null_M, patients_M, len(scores_K), fdr)
+    return Calibrated(p_K, flagged_K, threshold, float(flagged_K.mean()), rate_ci, needed)
+
+
+def resampled_patients(
+    patients: np.ndarray, draws: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Bootstrap samples of patients: (index of the images drawn, their patients renamed: one drawn twice is two)."""
+    _, inverse, counts = np.unique(patients, return_inverse=True, return_counts=True)
+    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+    for _ in range(draws):
+        chosen = rng.integers(0, len(members), len(members))
+        yield np.concatenate([members[i] for i in chosen]), np.repeat(np.arange(len(chosen)), counts[chosen])
+
+
+def needed_score(null_M: np.ndarray, patients_M: np.ndarray, k: int, fdr: float) -> float | None:
+    """The score that the fewest flaggable images would have needed, None if k images are too few.
+
+    With r of k images the fewest whose smallest possible p-value passes (`smallest_flaggable_rate`): the lowest float
+    just above a null score that has p <= fdr r / k.
+    """
+    n_patients = len(np.unique(patients_M))
+    rate = smallest_flaggable_rate(n_patients, k, fdr)
+    if rate > 1:
+        return None
+    null = np.unique(_finite(null_M))
+    just_above = np.nextafter(null.astype(np.float64), np.inf)
+    passes = conformal_p(just_above, np.asarray(null_M, np.float64), patients_M) <= fdr * rate * (1 + 1e-9)
+    return float(just_above[passes][0])
 
 
 def negative_control(
@@ -196,17 +244,38 @@ def negative_control(
 
     Returns:
       n, n_patients: images and patients. flag_rate: share of the images with p <= nominal, which should not exceed
-      `nominal` by more than its interval `flag_rate_ci` (by patient) allows. bh_flag_rate: share flagged when the whole
-      procedure is run on them as on the synthetic images, comparable with the copy rate; near 0 if all is well.
+      `nominal` by more than its interval allows; it may well lie below, as p-values are multiples of about 1 /
+      patients. flag_rate_ci: the hull of `rate_interval` (the null set taken as given) and of a bootstrap that
+      resamples the patients of both sets, because the rate of one null set of P patients strays from nominal by about
+      sqrt(nominal (1 - nominal) / P). excess_p_value: chance of a flag_rate as high or higher if both sets are alike,
+      exact with one image a patient: of n new scores, those above all but j - 1 of P null scores are BetaBinomial(n,
+      j, P + 1 - j), j = floor(nominal (P + 1)); with several images a patient n is their `effective_number`. The test
+      of the control: small is bad. bh_flag_rate: share flagged when the whole procedure is run on them as on the
+      synthetic images, comparable with the copy rate; near 0 if all is well.
     """
     p_C = conformal_p(scores_C, null_M, patients_M)
     flags = p_C <= nominal
+    rng = np.random.default_rng(seed)
+    rates = [
+        (conformal_p(scores_C[ours], null_M[theirs], renamed) <= nominal).mean()
+        for (ours, _), (theirs, renamed) in zip(
+            resampled_patients(patients_C, DRAWS // 4, rng),
+            resampled_patients(patients_M, DRAWS // 4, rng),
+            strict=True,
+        )
+    ]
+    low, high = rate_interval(flags, patients_C, seed=seed)
+    n, n_null = effective_number(patients_C), len(np.unique(patients_M))
+    j = int(nominal * (n_null + 1) * (1 + 1e-9))
     return {
         "n": len(flags),
         "n_patients": len(np.unique(patients_C)),
         "flag_rate": float(flags.mean()),
-        "flag_rate_ci": list(rate_interval(flags, patients_C, seed=seed)),
+        "flag_rate_ci": [min(low, float(np.quantile(rates, 0.025))), max(high, float(np.quantile(rates, 0.975)))],
         "nominal": nominal,
+        "excess_p_value": float(stats.betabinom.sf(np.ceil(flags.mean() * n - 1e-9) - 1, n, j, n_null + 1 - j))
+        if j
+        else 1.0,
         "bh_flag_rate": float(benjamini_hochberg(p_C, nominal).mean()),
     }
 
@@ -218,6 +287,23 @@ def smallest_flaggable_rate(n_patients: int, k: int, fdr: float) -> float:
     """
     r = int(np.ceil(k / (fdr * (1 + n_patients)) - 1e-9))
     return max(r, 1) / k if r <= k else float("inf")
+
+
+def detectable_rate(n_patients: int, k: int, fdr: float, recall: float, power: float = 0.8) -> float:
+    """Smallest copy rate of a generator at which copies are flagged with this probability: (0, 1], or infinity.
+
+    Of k images a number Binomial(k, rate recall) are copies that outscore every null image, where `recall` is the
+    share of known copies (the positive control) that do so. Benjamini-Hochberg flags them if they are at least the r
+    of `smallest_flaggable_rate`, and P(Binomial(k, q) >= r) = I_q(r, k - r + 1), the regularised incomplete beta
+    function, so q is its inverse at `power`. Weaker copies and false discoveries would only help, so the rate is an
+    upper bound.
+    """
+    rate = smallest_flaggable_rate(n_patients, k, fdr)
+    if rate > 1 or recall <= 0:
+        return float("inf")
+    r = round(rate * k)
+    needed = float(special.betaincinv(r, k - r + 1, power)) / recall
+    return needed if needed <= 1 else float("inf")
 
 
 def _finite(x: np.ndarray) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Exact nearest neighbours by correlation, in memory that depends on the block and not on the number of images.
 
-A step on the device multiplies one block of queries with one block of keys in float32 and keeps, for each query, only the largest
-product of every tile of 64 consecutive keys, and of those maxima the few largest. The top k keys of a query lie in the k tiles with the
-largest maxima, so only these are looked into again, on the host and in float64. Every similarity that is returned is a float64
-dot product rounded to float32, and every choice is checked against a bound of the error of the float32 products; the rare query that fails
-the check (more equal keys than tiles kept) is searched again in float64. The result is therefore the same for every block size and device.
+A step on the device multiplies one block of queries with one block of keys in float32 and keeps, for each query, only
+the largest product of every tile of 64 consecutive keys, and of those maxima the few largest. The top k keys of a
+query lie in the k tiles with the largest maxima, so only these are looked into again, on the host and in float64.
+Every similarity that is returned is a float64 dot product rounded to float32, and every choice is checked against a
+bound of the error of the float32 products; the rare query that fails the check (more equal keys than tiles kept) is
+searched again in float64. The result is therefore the same for every block size and device.
 """
 
 import functools
@@ -32,8 +33,9 @@ class Neighbours(NamedTuple):
 def standardise(x_NxD) -> np.ndarray:
     """Centre each row and divide it by its norm, so that the dot product of two rows is their Pearson correlation.
 
-    x_NxD: N rows of D >= 2 numbers, of any unit. Returns (N, D) float32 of unit norm. A row whose variation is below the
-    resolution of float32 (a blank image) becomes zeros: it is similar to nothing, 0 to everything. Raises ValueError on NaN or infinity.
+    x_NxD: N rows of D >= 2 numbers, of any unit. Returns (N, D) float32 of unit norm. A row whose variation is below
+    the resolution of float32 (a blank image) becomes zeros: it is similar to nothing, 0 to everything. Raises
+    ValueError on NaN or infinity.
     """
     x_NxD = _matrix(x_NxD, "x")
     out_NxD = np.empty(x_NxD.shape, np.float32)
@@ -53,9 +55,9 @@ def standardise(x_NxD) -> np.ndarray:
 def nearest(query_NxD, key_MxD, *, k: int = 1, block: tuple[int, int] | None = None) -> Neighbours:
     """The k keys with the largest dot product to each query; equal similarities go to the smaller index.
 
-    query_NxD, key_MxD: float32 rows as `standardise` gives them; numpy arrays or memory maps, read part by part, so they may be
-    larger than the device's memory. block: (queries, keys) multiplied at once; it changes the speed and the memory, never the result.
-    Raises ValueError for k < 1, k > M, unequal D, or NaN.
+    query_NxD, key_MxD: float32 rows as `standardise` gives them; numpy arrays or memory maps, read part by part, so
+    they may be larger than the device's memory. block: (queries, keys) multiplied at once; it changes the speed and
+    the memory, never the result. Raises ValueError for k < 1, k > M, unequal D, or NaN.
     """
     query_NxD, key_MxD = _pair(query_NxD, key_MxD)
     n, m = len(query_NxD), len(key_MxD)
@@ -89,7 +91,8 @@ def nearest(query_NxD, key_MxD, *, k: int = 1, block: tuple[int, int] | None = N
 def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None = None) -> np.ndarray:
     """How many keys have a similarity above tau (strictly) to each query: (N,) int64.
 
-    Agrees with `nearest`: the count is positive exactly where the nearest similarity exceeds tau. Inputs and errors as there.
+    Agrees with `nearest`: the count is positive exactly where the nearest similarity exceeds tau. Inputs and errors
+    as there.
     """
     query_NxD, key_MxD = _pair(query_NxD, key_MxD)
     if not np.isfinite(tau):
@@ -116,7 +119,7 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
 
 @functools.partial(jax.jit, donate_argnums=(2, 3))
 def _keep_tiles(query_SxQxD, key_RxKxD, peak_SxQxc, tile_SxQxc, reach, first, stop):
-    """R blocks of keys, the first of them key number `first`, against S of queries: the running c tiles with the largest maxima."""
+    """R blocks of keys, from key number `first` on, against S of queries: the running c tiles with the largest maxima."""
     blocks, rows, _ = key_RxKxD.shape
     position = first + jnp.arange(blocks * rows).reshape(blocks, -1, _TILE)
     tile_G = position[..., 0].ravel() // _TILE
@@ -153,7 +156,7 @@ def _count(query_SxQxD, key_RxKxD, count_2xSxQ, high, low, first, stop):
 
 
 def _products(query_QxD, key_KxD):
-    """All dot products in true float32 (accelerators would multiply in fewer bits), summed in parts of _DEPTH dimensions."""
+    """All dot products in true float32 (accelerators would use fewer bits), summed in parts of _DEPTH dimensions."""
     multiply = functools.partial(jnp.einsum, "qd,kd->qk", precision="highest")
     whole, rest = divmod(query_QxD.shape[1], _DEPTH)
     sim = jnp.zeros((len(query_QxD), len(key_KxD)), jnp.float32)
@@ -171,8 +174,8 @@ def _products(query_QxD, key_KxD):
 def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
     """Exact top k from the kept tiles: (sim_Nxk, index_Nxk).
 
-    With peaks wrong by at most e, the k-th best similarity is at least f = the k-th largest peak - e, a tile that holds one as
-    large has a peak of at least f - e, and no key of a dropped tile exceeds the last kept peak + e.
+    With peaks wrong by at most e, the k-th best similarity is at least f = the k-th largest peak - e, a tile that
+    holds one as large has a peak of at least f - e, and no key of a dropped tile exceeds the last kept peak + e.
     """
     n, keep = peak_Nxc.shape
     floor_N = peak_Nxc[:, k - 1] - error_N
@@ -199,7 +202,7 @@ def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
 
 
 def _search_exactly(query_NxD, key_MxD, k, rows=256, keys=8192):
-    """Brute force in float64 with a running top k: the definition of what `nearest` returns, two to five times slower."""
+    """Brute force in float64 with a running top k: the definition of what `nearest` returns, several times slower."""
     best_Nxk = np.full((len(query_NxD), k), np.iinfo(np.int64).min)
     for start in range(0, len(query_NxD), rows):
         part = slice(start, start + rows)
@@ -224,13 +227,13 @@ def _dots(query_NxD, key_MxD) -> np.ndarray:
 
 
 def _few_dots(query_NxD, key_MxD) -> np.ndarray:
-    """`_dots` in parts small enough that OpenBLAS stays in this thread: its idle threads spin and slow the next device step."""
+    """`_dots` in parts so small that OpenBLAS stays in this thread: its idle threads spin and slow the device's step."""
     rows = max(16, (1 << 18) // key_MxD.size)
     return np.concatenate([_dots(query_NxD[i : i + rows], key_MxD) for i in range(0, len(query_NxD), rows)])
 
 
 def _pack(sim, index) -> np.ndarray:
-    """One int64 a pair whose order is: larger similarity first, then smaller index. Unique, so any selection is stable."""
+    """One int64 a pair, ordered by similarity and then by smaller index. Unique, so any selection is stable."""
     bits = (sim + np.float32(0)).view(np.int32)  # + 0 makes -0 equal to 0
     ordered = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)
     return (ordered << 32) | (0xFFFFFFFF - index.astype(np.int64))
@@ -250,7 +253,7 @@ def _largest(packed_NxM, k) -> np.ndarray:
 
 
 def _error(query_NxD, reach: float) -> np.ndarray:
-    """Bound of |float32 product - returned similarity| (Higham, Accuracy and Stability, 2nd ed., eq. 3.5, with Cauchy-Schwarz)."""
+    """Bound of |float32 product - returned similarity|: Higham, Accuracy and Stability, section 3.1, and Cauchy-Schwarz."""
     d = query_NxD.shape[1]
     error_N = (min(d, _DEPTH) + -(-d // _DEPTH) + 2) * np.float32(2**-24) * _norms(query_NxD) * np.float32(reach)
     if not np.isfinite(error_N).all():
@@ -271,7 +274,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(n, m, d, block) -> _Plan:
-    """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so that tiles never move."""
+    """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move."""
     if block is None:
         rows = (
             1024 if jax.default_backend() == "cpu" else 8192

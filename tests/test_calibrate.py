@@ -125,7 +125,31 @@ def test_null_mem_rate_is_the_mean_over_all_subsets():
         exact = np.mean([above_NxC[:, list(s)].any(1).mean() for s in itertools.combinations(range(7), k)])
         null = calibrate.null_floor(0.5, np.zeros(7), np.arange(7), above_NxC.sum(1), k, seed=0)
         assert null.mem_rate == pytest.approx(exact)
-    assert calibrate.null_floor(0.5, np.zeros(7), np.arange(7), above_NxC.sum(1), 8, seed=0).extrapolated
+
+
+def test_null_mem_rate_beyond_the_control_set_is_extrapolated_without_much_bias():
+    """904 synthetic images against 226 control images: the naive 1 - (1 - a / C)^k says less than half of the truth."""
+    rng = np.random.default_rng(3)
+    truth, floor, naive = [], [], []
+    for _ in range(4):
+        train, val, syn, control = (embeddings(rng, n) for n in (904, 226, 904, 226))
+        tau = calibrate.paper_rule(best(train, val), best(train, syn), best(syn, train)).threshold
+        above = neighbours.count_above(train, control, tau)
+        null = calibrate.null_floor(tau, best(control, train), np.arange(226), above, 904, seed=0)
+        assert null.extrapolated
+        truth.append((best(train, syn) > tau).mean())
+        floor.append(null.mem_rate)
+        naive.append((1 - (1 - above / 226) ** 904).mean())
+    assert np.mean(naive) < 0.6 * np.mean(truth)
+    assert np.mean(floor) == pytest.approx(np.mean(truth), abs=0.03)
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=30), st.integers(0, 100))
+@settings(max_examples=50, deadline=None)
+def test_extrapolated_hits_start_at_those_seen_grow_and_stay_below_all(a, more):
+    a = np.array(a)
+    assert calibrate.hit_by(a, 20, 20) == (a > 0).sum()
+    assert (a > 0).sum() <= calibrate.hit_by(a, 20, 20 + more) <= calibrate.hit_by(a, 20, 21 + more) <= len(a)
 
 
 def test_rate_interval_widens_where_patients_repeat():
@@ -153,12 +177,58 @@ def test_smallest_flaggable_rate_is_the_edge(patients, k, fdr):
         assert flagged(r) and (r == 1 or not flagged(r - 1))
 
 
+@given(st.integers(1, 400), st.integers(1, 200), st.sampled_from([0.05, 0.2]), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_needed_score_is_the_lowest_that_the_fewest_images_need(patients, k, fdr, seed):
+    rng = np.random.default_rng(seed)
+    null = np.round(rng.normal(size=2 * patients), 2)
+    owner = np.arange(2 * patients) % patients
+    needed = calibrate.needed_score(null, owner, k, fdr)
+    rate = calibrate.smallest_flaggable_rate(patients, k, fdr)
+    if needed is None:
+        assert rate > 1
+        return
+    scores = np.full(k, -9.0)
+    flag = lambda s: calibrate.benjamini_hochberg(
+        calibrate.conformal_p(np.concatenate([np.full(round(rate * k), s), scores])[:k], null, owner), fdr
+    )
+    assert flag(needed).any() and not flag(np.nextafter(needed, -9)).any()
+
+
+@given(st.integers(20, 400), st.integers(1, 300), st.sampled_from([0.05, 0.1]), st.floats(0.2, 1))
+@settings(max_examples=50, deadline=None)
+def test_detectable_rate_is_detected_with_the_power_it_says(patients, k, fdr, recall):
+    rate = calibrate.detectable_rate(patients, k, fdr, recall)
+    smallest = calibrate.smallest_flaggable_rate(patients, k, fdr)
+    reached = 0.0 if smallest > 1 else stats.binom.sf(round(smallest * k) - 1, k, min(rate, 1) * recall)
+    assert reached == pytest.approx(0.8) if rate <= 1 else reached < 0.8
+
+
+def test_exact_ties_are_flagged():
+    p = np.full(3, (1 + 1 / 3 + 1 / 3 + 1 / 3) / 40)
+    assert calibrate.benjamini_hochberg(p, 0.05).all() and calibrate.benjamini_hochberg(np.nextafter(p, 1), 0.05).all()
+
+
+def test_negative_control_allows_for_the_chance_of_a_small_null_set():
+    """30 validation patients, so p <= 0.05 means above them all: fair controls are suspected no more than promised."""
+    suspected = interval = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        null, control = rng.normal(size=30), rng.normal(size=200)
+        fair = calibrate.negative_control(control, np.arange(200), null, np.arange(30), nominal=0.05, seed=seed)
+        suspected += fair["excess_p_value"] <= 0.05
+        interval += fair["flag_rate_ci"][0] > 0.05
+    assert stats.binom.sf(suspected - 1, 100, 0.05) > 1e-3 and suspected > 0
+    assert interval < 15
+
+
 def test_negative_control_flags_a_leak():
     rng = np.random.default_rng(0)
     null = rng.normal(size=200)
     fair = calibrate.negative_control(rng.normal(size=200), np.arange(200), null, np.arange(200), nominal=0.05, seed=0)
     leak = calibrate.negative_control(rng.normal(2, 1, 200), np.arange(200), null, np.arange(200), nominal=0.05, seed=0)
     assert fair["flag_rate_ci"][0] <= 0.05 and leak["flag_rate_ci"][0] > 0.05
+    assert fair["excess_p_value"] > 0.05 and leak["excess_p_value"] < 1e-3
 
 
 def test_broken_scores_are_told():

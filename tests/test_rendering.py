@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import fft, ndimage
 
 from detection import calibrate, neighbours, rendering
 
@@ -31,11 +31,30 @@ def filtered(x, gain):
 @pytest.mark.parametrize("size", [(16, 24), (8, 10, 12)])
 def test_a_wave_lies_in_its_band(size):
     """A cosine of half the Nyquist frequency along one axis has all its power in the middle band."""
-    axis = np.cos(np.pi / 2 * np.arange(size[-1]))
+    axis = np.cos(np.pi / 2 * (np.arange(size[-1]) + 0.5))
     x = np.broadcast_to(axis, size)[None, ..., None].astype(np.float32)
     share = spectra(x)[0]
     bands = min(size) // 2
     assert share.shape == (bands,) and share[int(np.ceil(0.5 * bands)) - 1] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (7, 10, 12)])
+def test_cosines_are_scipys(size):
+    x = np.random.default_rng(0).standard_normal((3, *size, 2)).astype(np.float32)
+    axes = tuple(range(1, 1 + len(size)))
+    np.testing.assert_allclose(rendering.cosines(jnp.asarray(x)), fft.dctn(x, axes=axes, norm="ortho"), atol=1e-5)
+    np.testing.assert_allclose(rendering.cosines(rendering.cosines(jnp.asarray(x)), inverse=True), x, atol=1e-5)
+
+
+def test_the_border_does_not_hide_a_blur():
+    """A ramp, whose opposite borders differ: the filters found from its blurred version undo the difference to 1 dB."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(-20, 20, 32)[:, None, None]
+    sharp = fields(rng, 60) + ramp
+    soft = blurred(fields(rng, 60) + ramp, 1.0)
+    gain = rendering.common_filters(spectra(sharp), spectra(soft)).real[1:]
+    truth = np.exp(-0.5 * (np.pi * (np.arange(1, 17) - 0.5) / 16) ** 2)  # transfer of a Gaussian of 1 pixel, mid-band
+    np.testing.assert_allclose(20 * np.log10(gain[:10] / truth[:10]), 0, atol=1.5)
 
 
 def test_shares_sum_to_one_and_a_unit_filter_changes_nothing():
