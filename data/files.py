@@ -246,7 +246,7 @@ def resample(array: np.ndarray, size: Sequence[int], spans: Sequence[int] | None
         old = array.shape[axis]
         span = spans[axis] if spans else old
         skip, before = max(0, (old - span) // 2), max(0, (span - old) // 2)  # left of the picture: cropped, padded
-        if (old, skip, before) != (new, 0, 0):
+        if not old == span == new:
             kept = np.moveaxis(array, axis, 0)[skip : skip + span]
             weights = _triangle(span, new)[:, before : before + len(kept)]
             flat = weights @ (kept.reshape(len(kept), -1) + 1) - 1  # padding is 0 here, so it need not be stored
