@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
-    cohort.subjects = ConfigDict({"train": 48, "select": 16, "val": 160, "control": 120})
+    cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 120})
     cohort.scans = 1  # scans per subject: same anatomy, new noise and bias field
     cohort.duplicates = 0  # training subjects present a second time under another name
 
@@ -98,9 +98,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = train = ConfigDict()
     adam = {"rate": 1e-3, "warmup": 50, "decay_to": 0.1, "weight_decay": 0.0, "clip": 1.0}
     run = {"log_every": 20, "eval_every": 200, "save_every": 500}
-    train.autoencoder = ConfigDict({"steps": 500, "batch": 16, "optimiser": adam, **run})
+    train.autoencoder = ConfigDict({"steps": 400, "batch": 16, "optimiser": adam, **run})
     train.diffusion = ConfigDict(
-        {"steps": 1000, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **run}
+        {"steps": 900, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **run}
     )
     train.detector = ConfigDict({"steps": 200, "batch": 32, "optimiser": adam, **run})
 
