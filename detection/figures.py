@@ -16,7 +16,8 @@ def planes(image: np.ndarray) -> np.ndarray:
     grey = np.asarray(image).mean(-1)
     if grey.ndim == 2:
         return grey
-    middles = [np.take(grey, n // 2, axis) for axis, n in enumerate(grey.shape)]
+    upright = grey[::-1]  # depth runs from inferior to superior, pictures from top to bottom
+    middles = [np.take(upright, n // 2, axis) for axis, n in enumerate(grey.shape)]
     tallest = max(m.shape[0] for m in middles)
     return np.concatenate([np.pad(m, ((0, tallest - m.shape[0]), (0, 0)), constant_values=-1) for m in middles], axis=1)
 
