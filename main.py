@@ -18,6 +18,10 @@ import ldm
 from data import augment, export
 from launch import log, machine, mesh, stage
 
+PER_IMAGE = (
+    "every image counts as a patient of its own (data.patients='per_image'): if patients have several images, "
+    "training and unseen images are related, intervals are too narrow, and memorization is understated"
+)
 MODES = ("train", "sample", "audit")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; a variant follows after a colon.", lock_config=True
@@ -73,7 +77,7 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     folder, rank = workdir / "samples", len(config.data.size)
     generator = build_generator(config, workdir)
     weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
-    claim(config, folder, *GENERATOR, "sample", grow=("sample.n", "sample.batch"))
+    claim(config, folder, *GENERATOR, "sample", grow=("sample.n",))
     draw = ldm.sampler(generator, weights, key=key(config, 3), steps=config.sample.steps, eta=config.sample.eta)
     paths = [folder / f"{i:06d}{export.suffix(rank)}" for i in range(config.sample.n)]
     missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
@@ -81,9 +85,11 @@ def sample(config: ConfigDict, workdir: Path) -> None:
         done = 0
         for images in mesh.stream(draw, data.in_order(missing, config.sample.batch)):
             for number, image in zip(missing[done:], images, strict=False):
-                export.write_image(paths[number], image)
+                if jax.process_index() == 0:
+                    export.write_image(paths[number], image)
             done += len(images)
             bar.update(len(images))
+    stage.barrier("samples")
 
 
 def audit(config: ConfigDict, workdir: Path) -> None:
@@ -107,6 +113,7 @@ def audit(config: ConfigDict, workdir: Path) -> None:
         render=ldm.round_trip(build_generator(config, workdir)) if ours else None,
         in_order=data.in_order,
         folder=workdir / "audit",
+        caveats=[PER_IMAGE] if config.data.patients == "per_image" else [],
         seed=config.seed,
         **{k: v for k, v in config.audit.to_dict().items() if k != "synthetic"},
     )
@@ -133,8 +140,13 @@ GENERATOR = (*AUTOENCODER, "unet", "diffusion", "augment.diffusion", "train.diff
 
 
 def build_generator(config: ConfigDict, workdir: Path) -> ldm.Generator:
-    sections = config.autoencoder.to_dict(), config.unet.to_dict(), config.diffusion.to_dict()
-    return ldm.build((*config.data.size, 1), workdir, **dict(zip(("coder", "net", "process"), sections, strict=True)))
+    return ldm.build(
+        (*config.data.size, 1),
+        workdir,
+        coder=config.autoencoder.to_dict(),
+        net=config.unet.to_dict(),
+        process=config.diffusion.to_dict(),
+    )
 
 
 def detector_of(config: ConfigDict) -> dict:
@@ -159,7 +171,7 @@ def key(config: ConfigDict, purpose: int) -> jax.Array:
 
 def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> None:
     """Refuses a folder made with other settings of these sections, of the data or of the seed."""
-    flat = stage.flatten({**config.to_dict(), "data": {**config.data.to_dict(), "cache": None}})
+    flat = stage.flatten(config.to_dict()) | {"data.cache": None, "sample.batch": None}  # these change no result
     mine = ("seed", "data", *sections)
     stage.claim(folder, {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}, grow)
 

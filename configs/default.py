@@ -15,21 +15,18 @@ def get_config(variant: str = "") -> ConfigDict:
 
     # ---- images on disk -> arrays, split by patient
     config.data = data = ConfigDict()
-    data.path = config_dict.placeholder(
-        str
-    )  # image folder, CSV manifest or layout root; None: the embedded brain cohort
+    # image folder, CSV manifest or layout root; None: the embedded brain cohort
+    data.path = config_dict.placeholder(str)
     data.layout = "auto"  # 'folder', 'manifest', 'nih', 'cohort', or found out from `path`
     data.size = (64, 64)  # (H, W) or (D, H, W)
-    data.patient_pattern = config_dict.placeholder(
-        str
-    )  # folder layout: regular expression whose first group is the patient
+    # folder layout: regular expression whose first group is the patient
+    data.patient_pattern = config_dict.placeholder(str)
     data.patients = "required"  # or 'per_image': every image its own patient, said in every report
     data.intensity = "type"  # 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH'
     data.channels = 1
     data.fit = "pad"  # an image of another shape: 'pad' or 'crop' to the aspect of `size`, or 'stretch'
-    data.limit = ConfigDict(
-        {"train": config_dict.placeholder(int), "val": config_dict.placeholder(int)}
-    )  # at most so many images
+    # at most so many images of a split
+    data.limit = ConfigDict({"train": config_dict.placeholder(int), "val": config_dict.placeholder(int)})
     data.on_error = "raise"  # or 'skip': unreadable files are counted and left out
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:

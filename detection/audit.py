@@ -35,6 +35,7 @@ def audit(
     render: Callable[[jax.Array], jax.Array] | None,
     in_order: Callable[..., Iterator],
     folder: Path,
+    caveats: Sequence[str],
     fdr: float,
     percentile: float,
     pairs: int,
@@ -49,6 +50,7 @@ def audit(
       render: how the generator renders an image (the autoencoder's round trip); the real images are passed through it,
         so that like is compared with like. None, for images made elsewhere: real and synthetic images are filtered to
         their common power spectrum instead.
+      caveats: what the reader must know before any number; in `audit.json` and above the table.
       fdr: false-discovery rate of the calibrated test, and the nominal rate of the negative control.
     Returns:
       What is in `audit.json`.
@@ -57,7 +59,7 @@ def audit(
     sims = similarities(model, sets, synthetic, views, in_order, batch)
     train, val, control = (sets[name] for name in ("train", "val", "control"))
     result, test = judge(sims, train, val, control, fdr=fdr, percentile=percentile, seed=seed)
-    result["rendering"] = views.report
+    result = {"caveats": list(caveats), **result, "rendering": views.report}
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_verdicts(folder / "verdicts.csv", synthetic.ids, train, sims, test)
@@ -187,14 +189,19 @@ def judge(
             "n_mem": len(pointed_at),
             "n_mem_patients": len(np.unique(train.patients[pointed_at])),
             "smallest_p_value": 1 / (1 + n_val_patients),
-            "smallest_flaggable_copy_rate": min(calibrate.smallest_flaggable_rate(n_val_patients, k, fdr), 1.0),
-            "can_flag": calibrate.smallest_flaggable_rate(n_val_patients, k, fdr) <= 1,
+            "smallest_flaggable_copy_rate": finite(calibrate.smallest_flaggable_rate(n_val_patients, k, fdr)),
+            "copy_rate_found_in_80_percent": finite(calibrate.detectable_rate(n_val_patients, k, fdr, recall=1.0)),
         },
         "negative_control": calibrate.negative_control(
             sims.control_C, control.patients, sims.null_M, val.patients, nominal=fdr, seed=seed
         ),
     }
     return result, test
+
+
+def finite(rate: float) -> float | None:
+    """JSON has no infinity: None where no rate is enough."""
+    return rate if rate <= 1 else None
 
 
 def write_verdicts(path: Path, ids: np.ndarray, train: Any, sims: Similarities, test: calibrate.Calibrated) -> None:
@@ -234,7 +241,7 @@ def draw(
         [
             (f"calibrated threshold (FDR {result['calibrated']['fdr']:g})", test.threshold, "-"),
             ("score the fewest flaggable copies would need", None if test.flagged_K.any() else test.needed, ":"),
-            ("the paper's rule", result["paper"]["threshold"], "--"),
+            ("the paper's rule, set on images as they are", result["paper"]["threshold"], "--"),
         ],
         f"{result['calibrated']['n_copies']} of {result['n_syn']} synthetic images flagged as copies",
     )
@@ -245,15 +252,22 @@ def table(result: dict[str, Any], folder: Path) -> str:
     percent = lambda rate: f"{100 * rate:.1f} %"
     span = lambda ci: f"[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
     paper, calibrated, negative = result["paper"], result["calibrated"], result["negative_control"]
-    can = percent(calibrated["smallest_flaggable_copy_rate"]) if calibrated["can_flag"] else "none: too few patients"
+    least, likely = calibrated["smallest_flaggable_copy_rate"], calibrated["copy_rate_found_in_80_percent"]
+    can = f"{percent(least)}" if least else "none, there are too few unseen patients"
+    can += (
+        f" (found with 80 % probability from {percent(likely)}, if every copy outscores all unseen)" if likely else ""
+    )
+    null_copies = percent(paper["null_copy_rate"]) + " " + span(paper["null_copy_rate_ci"])
+    null_mem = percent(paper["null_mem_rate"]) + (", extrapolated" if paper["null_mem_rate_extrapolated"] else "")
     lines = [
+        *(f"CAUTION: {caveat}" for caveat in result["caveats"]),
         f"audit of {result['n_syn']} synthetic images against {result['n_train']} training images of "
         f"{result['n_train_patients']} patients; null: {result['n_val']} images of {result['n_val_patients']} unseen patients",
         f"{'':34}{'calibrated':>24}{'paper rule':>24}{'paper rule, null floor':>26}",
         f"{'copies, of synthetic images':34}{calibrated['n_copies']:>24}{paper['n_copies']:>24}{'':>26}",
         f"{'  rate, 95 % interval':34}{percent(calibrated['copy_rate']) + ' ' + span(calibrated['copy_rate_ci']):>24}"
-        f"{percent(paper['copy_rate']) + ' ' + span(paper['copy_rate_ci']):>24}{percent(paper['null_copy_rate']):>26}",
-        f"{'memorized training images':34}{calibrated['n_mem']:>24}{paper['n_mem']:>24}{percent(paper['null_mem_rate']):>26}",
+        f"{percent(paper['copy_rate']) + ' ' + span(paper['copy_rate_ci']):>24}{null_copies:>26}",
+        f"{'memorized training images':34}{calibrated['n_mem']:>24}{paper['n_mem']:>24}{null_mem:>26}",
         f"{'  patients':34}{calibrated['n_mem_patients']:>24}{paper['n_mem_patients']:>24}",
         f"negative control: {percent(negative['flag_rate'])} {span(negative['flag_rate_ci'])} of {negative['n']} images of "
         f"{negative['n_patients']} unseen patients have p <= {negative['nominal']:g} (nominal {percent(negative['nominal'])}; "

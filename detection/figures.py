@@ -54,7 +54,7 @@ def pairs(
             a, b = planes(synthetic[index]), planes(nearest[index])
             titles = (*captions[index], "difference")
             for axis, picture, text in zip(axes[row], (a, b, a - b), titles, strict=True):
-                grey = picture is not axes and text != "difference"
+                grey = text != "difference"
                 axis.imshow(picture, cmap="gray" if grey else "RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
                 axis.set_title(text, fontsize=8, color=FLAGGED if flagged[index] and grey else "black")
             if flagged[index]:

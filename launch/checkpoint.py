@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,21 @@ def manager(folder: Path, keep: int = 2) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Starts saving `state` (the device-to-host copy is done on return, so its buffers may be donated)."""
+    """Starts saving `state` (the device-to-host copy is done on return, so its buffers may be donated).
+
+    Raises:
+      OSError: if the disk has no room for it, before anything is written.
+    """
     if checkpoints.latest_step() != step:
+        needed, free = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            shutil.disk_usage(checkpoints.directory).free,
+        )
+        if free < needed:
+            raise OSError(
+                f"{checkpoints.directory}: a checkpoint needs {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f}; "
+                "free some, and the same command goes on from the last checkpoint"
+            )
         checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from launch import checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "scipy")
 
 
 def provenance() -> dict[str, Any]:
     """Git commit (with `+changes` where the tree differs from it), versions of what computes, and the devices."""
-    root = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD") or "not a git checkout"

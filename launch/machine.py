@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-ROOT = Path(__file__).resolve().parent.parent
+from launch.log import ROOT
+
 OURS = ("main.py", "configs", "data", "detection", "launch", "ldm")
 MENDABLE = (ValueError, OSError, FloatingPointError)
 
@@ -53,13 +54,16 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def one_line_errors(run: Callable[[], None]) -> int:
-    """Runs; an error raised by our own code for the user's sake is one line and exit code 1, any other a traceback."""
+    """Runs; an error for the user to mend is one line and exit code 1, any other a traceback.
+
+    Those are what our own code raises for the user's sake, and whatever the file system refuses.
+    """
     try:
         run()
     except MENDABLE as error:
         raiser = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = raiser.is_relative_to(ROOT) and raiser.relative_to(ROOT).parts[0] in OURS
-        if not ours or os.environ.get("FACSIMILE_TRACEBACK"):
+        if not (ours or isinstance(error, OSError)) or os.environ.get("FACSIMILE_TRACEBACK"):
             raise
         return report(str(error), 1)
     return 0

@@ -30,7 +30,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) -> None:
-    """Makes `folder`, or checks that it was made with the same (flat) settings; those in `grow` may differ.
+    """Makes `folder`, or checks that it was made with the same (flat) settings; those in `grow` may have grown since.
 
     Raises:
       ValueError: naming the first key that differs, both values, and the mend.
@@ -39,7 +39,7 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
     before = json.loads(path.read_text()) if path.exists() else settings
     for key in [*before, *settings]:
         was, now = before.get(key), settings.get(key)
-        if was != now and key not in grow:
+        if was != now and not (key in grow and was is not None and was < now):
             raise ValueError(
                 f"{folder} was made with config.{key}={was!r}, not {now!r}: use another --workdir, or delete that folder"
             )

@@ -98,13 +98,18 @@ def load_autoencoder(generator: Generator) -> Any:
     return checkpoint.load(generator.workdir / "autoencoder", jax.eval_shape(init, jax.random.key(0)))
 
 
+def latents_folder(generator: Generator) -> Path:
+    """Inside the autoencoder's folder, so that they go when it goes: another encoder's latents must never be used."""
+    return generator.workdir / "autoencoder" / "latents"
+
+
 def encode_set(generator: Generator, images: Sequence, *, in_order: Callable) -> None:
-    """Encodes the training set once, into `workdir/latents`: `mu.npy`, `logvar.npy` (n, *s, c), and `moments.json`
+    """Encodes the training set once, into `autoencoder/latents`: `mu.npy`, `logvar.npy` (n, *s, c), and `moments.json`
     with the mean and standard deviation of z per channel (the posterior's own variance included).
 
     Both posterior moments are kept, so that training draws a fresh z each time: a stored draw would freeze its noise.
     """
-    folder = generator.workdir / "latents"
+    folder = latents_folder(generator)
     if folder.exists():
         return
     params = load_autoencoder(generator)
@@ -143,7 +148,7 @@ def encode_set(generator: Generator, images: Sequence, *, in_order: Callable) ->
 
 def moments(generator: Generator) -> tuple[jax.Array, jax.Array]:
     """(mean, std) of the training set's latents per channel, as `encode_set` left them."""
-    path = generator.workdir / "latents" / "moments.json"
+    path = latents_folder(generator) / "moments.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: not there; run --mode=train with this --workdir first")
     both = json.loads(path.read_text())
@@ -193,7 +198,7 @@ def train_diffusion(
         return (autoencoder.draw(autoencoder.Posterior(*q), key) - mean) / std
 
     if augment is None:
-        source, prepare = Posteriors(generator.workdir / "latents"), None
+        source, prepare = Posteriors(latents_folder(generator)), None
     else:
         moved = jax.jit(augment)
         source, prepare = images, lambda x, key: encode(params, moved(key, x))

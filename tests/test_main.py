@@ -182,3 +182,30 @@ def test_other_settings_are_refused(whole, cache):
     done = run(whole, "--mode=train", "--config.unet.width=32", cache=cache)
     assert done.returncode == 1
     assert "made with config.unet.width=16, not 32" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_less_than_was_trained_is_refused(whole, cache):
+    done = run(whole, "--mode=train", "--config.train.diffusion.steps=4", cache=cache)
+    assert done.returncode == 1
+    assert "made with config.train.diffusion.steps=8, not 4" in done.stderr
+
+
+@pytest.mark.slow
+def test_images_without_patients_carry_the_warning(whole, cache, tmp_path):
+    source = whole / "samples"
+    done = run(
+        tmp_path / "run",
+        "--mode=audit",
+        f"--config.data.path={source}",
+        "--config.data.patients=per_image",
+        "--config.data.fractions.train=0.25",
+        "--config.data.fractions.select=0.25",
+        "--config.data.fractions.val=0.25",
+        "--config.data.fractions.control=0.25",
+        f"--config.audit.synthetic={source}",
+        cache=cache,
+    )
+    assert done.returncode == 0, done.stderr
+    audit = json.loads((tmp_path / "run" / "audit" / "audit.json").read_text())
+    assert "every image counts as a patient" in audit["caveats"][0]
