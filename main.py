@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 import data
 import detection
 import ldm
-from data import augment, export
+from data import augment, copies, export
 from launch import log, machine, mesh, stage
 
 PER_IMAGE = (
@@ -32,15 +32,16 @@ flags.mark_flags_as_required(["config", "mode", "workdir"])
 flags.register_validator("mode", lambda m: not m or set(m) <= set(MODES), f"use one or more of {', '.join(MODES)}")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Runs the modes in order; the exit code is 0, or what the audit's verdict asks for."""
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}: every option is --name=value")
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     machine.start()
     with jax.set_mesh(mesh.make(config.mesh.fsdp)):
         stage.describe(workdir, config.to_dict(), log.provenance())
-        for mode in _MODE.value:
-            {"train": train, "sample": sample, "audit": audit}[mode](config, workdir)
+        codes = [{"train": train, "sample": sample, "audit": audit}[mode](config, workdir) for mode in _MODE.value]
+    return max(code or 0 for code in codes)
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -69,7 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         key=key(config, 1),
         **config.train.diffusion.to_dict(),
     )
-    train_detector(config, workdir, sets)
+    train_detector(config, workdir / "detector", sets, purpose=2)
 
 
 def sample(config: ConfigDict, workdir: Path) -> None:
@@ -92,45 +93,51 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     stage.barrier("samples")
 
 
-def audit(config: ConfigDict, workdir: Path) -> None:
+def audit(config: ConfigDict, workdir: Path) -> int:
     """Compares synthetic images, ours or any folder's, with the training images; writes `audit/`."""
+    settings = config.audit.to_dict()
+    foreign, release, exit_code = (settings.pop(name) for name in ("synthetic", "release", "exit_code"))
     sets = data.load(**config.data.to_dict())
-    train_detector(config, workdir, sets)
-    ours = config.audit.synthetic is None
-    rank = len(config.data.size)
-    synthetic = data.read_folder(
-        workdir / "samples" if ours else config.audit.synthetic,
-        size=config.data.size,
-        intensity=export.intensity(rank) if ours else config.data.intensity,
-        fit=config.data.fit,
-        on_error=config.data.on_error,
-        cache=config.data.cache,
-    )
-    detection.audit(
-        detection.build((*config.data.size, 1), workdir / "detector", **detector_of(config)),
+    model = train_detector(config, workdir / "detector", sets, purpose=2)
+    again = train_detector(config, workdir / "detector-again", sets, purpose=4) if release else None
+    ours, rank = foreign is None, len(config.data.size)
+    source = workdir / "samples" if ours else Path(foreign).expanduser()
+    reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
+    synthetic = data.read_folder(source, **reading | ({"intensity": export.intensity(rank)} if ours else {}))
+    render = ldm.round_trip(build_generator(config, workdir)) if ours else None
+    result = detection.audit(
+        detection.embedder(model),
         sets,
         synthetic,
-        render=ldm.round_trip(build_generator(config, workdir)) if ours else None,
+        render=render,
+        plants=copies.grid() | ({("autoencoder", 1.0): lambda key, x: render(x)} if ours else {}),
+        again=again and detection.embedder(again),
+        source=source,
         in_order=data.in_order,
         folder=workdir / "audit",
         caveats=[PER_IMAGE] if config.data.patients == "per_image" else [],
+        release_to=Path(release).expanduser() if release else None,
         seed=config.seed,
-        **{k: v for k, v in config.audit.to_dict().items() if k != "synthetic"},
+        **settings,
     )
+    return detection.EXIT[(result["release"] or result)["verdict"]] if exit_code else 0
 
 
-def train_detector(config: ConfigDict, workdir: Path, sets: dict) -> None:
-    claim(config, workdir / "detector", "detector", "train.detector")
+def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -> detection.Detector:
+    """The copy detector in `folder`, trained unless it is there; another `purpose` is another seed."""
+    claim(config, folder, "detector", "train.detector")
+    model = detection.build((*config.data.size, 1), folder, **detector_of(config))
     detection.train(
-        detection.build((*config.data.size, 1), workdir / "detector", **detector_of(config)),
+        model,
         sets["train"].images,
         sets[config.detector.select_on].images,
         **pipeline_of(config),
         augment=augmentation(config.detector.augment),
         both=config.detector.both,
-        key=key(config, 2),
+        key=key(config, purpose),
         **config.train.detector.to_dict(),
     )
+    return model
 
 
 # ---- what of the config a stage is made of

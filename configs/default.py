@@ -118,6 +118,18 @@ def get_config(variant: str = "") -> ConfigDict:
             "percentile": 95.0,  # of the paper's rule
             "pairs": 16,  # most similar pairs in the picture
             "batch": 64,  # images embedded at a time
+            "planted": 64,  # training patients copied in every kind and strength by the positive control
+            # folder for the synthetic images without their copies and what goes with them; None: nothing is released
+            "release": config_dict.placeholder(str),
+            "exit_code": True,  # end with 0, 3 or 4 for PASS, FAIL or INCONCLUSIVE (of what is released, if anything is)
+        }
+    )
+    config.audit.policy = ConfigDict(
+        {
+            "max_copy_rate": 0.05,  # largest acceptable rate of copies: its interval's upper bound must not exceed it
+            "max_patients": 0,  # largest acceptable number of training patients that copies point at
+            "min_recall": 0.8,  # least recall on planted copies
+            "min_power": 0.8,  # least probability of flagging any copy if the generator copied at the rate max_copy_rate
         }
     )
     config.mesh = ConfigDict({"fsdp": 1})  # devices that share each large parameter; the others split the batch
@@ -139,4 +151,4 @@ def shrink(config: ConfigDict) -> None:
     for stage in config.train.values():
         stage.update(steps=8, batch=8, eval_every=4, save_every=4, log_every=2)
     config.sample.update(n=12, batch=8, steps=4)
-    config.audit.update(batch=8, pairs=4)
+    config.audit.update(batch=8, pairs=4, planted=8)

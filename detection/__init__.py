@@ -1,4 +1,5 @@
-"""The audit: copy detector, neighbour search, calibration, controls, report. Sees arrays; knows no generator."""
+"""The audit: copy detector, neighbour search, calibration, controls, verdict, release. Sees arrays; knows no generator."""
 
 from detection.audit import audit
-from detection.detector import build, train
+from detection.detector import Detector, build, embedder, train
+from detection.verdict import EXIT

@@ -306,6 +306,12 @@ def detectable_rate(n_patients: int, k: int, fdr: float, recall: float, power: f
     return needed if needed <= 1 else float("inf")
 
 
+def power_at(copy_rate: float, n_patients: int, k: int, fdr: float, recall: float) -> float:
+    """Probability that some copies are flagged if the generator copies at `copy_rate`; as in `detectable_rate`."""
+    rate = smallest_flaggable_rate(n_patients, k, fdr)
+    return float(stats.binom.sf(round(rate * k) - 1, k, copy_rate * recall)) if rate <= 1 else 0.0
+
+
 def _finite(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     if x.size == 0 or not np.isfinite(x).all():

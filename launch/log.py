@@ -83,7 +83,10 @@ def _step_of(line: str) -> float:
 
 
 def progress(name: str, total: int, start: int = 0, unit: str = "step") -> tqdm:
-    """A progress line with rate and time left: live on a terminal, a line every 15 s in a log, none on other hosts."""
+    """A progress line with rate and time left: live on a terminal, a line every 15 s in a log, none on other hosts.
+
+    What is over within two seconds shows none.
+    """
     live = sys.stderr.isatty()
     return tqdm(
         desc=f"{name:<12}",
@@ -94,6 +97,7 @@ def progress(name: str, total: int, start: int = 0, unit: str = "step") -> tqdm:
         mininterval=0.2 if live else 15,
         maxinterval=0.5 if live else 30,
         dynamic_ncols=live,
+        delay=2,
         leave=True,
         smoothing=0.05,
     )

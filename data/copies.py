@@ -1,0 +1,61 @@
+"""Near-copies of known kind and strength: what an audit plants to learn whether its detector would see such copies.
+
+Each is a pure function `(key, x) -> x` on the device, for batches (B, *size, C) in [-1, 1], 2D and 3D alike.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from jax import Array
+
+from data import augment
+
+# kind -> (key, x, strength) -> x, and what the strength is
+KINDS: dict[str, Callable[[Array, Array, float], Array]] = {
+    "identity": lambda key, x, s: x,
+    "flip": lambda key, x, s: augment.flip(x),
+    "rotation": lambda key, x, degrees: augment.rotate(x, degrees),
+    "shift": lambda key, x, fraction: augment.shift(x, fraction),
+    "scale": lambda key, x, factor: augment.scale(x, factor),
+    "crop": lambda key, x, kept: augment.scale(x, 1 / kept),
+    "gamma": lambda key, x, exponent: augment.gamma(x, exponent),
+    "bias": lambda key, x, log_field: augment.bias_field(x, log_field),
+    "noise": lambda key, x, deviation: augment.noise(key, x, deviation),
+    "blur": lambda key, x, voxels: augment.blur(x, voxels),
+    "combined": lambda key, x, s: augment.augment(
+        key,
+        x,
+        **{"flip": 0.5, "rotate": 5.0 * s, "shift": 0.06 * s, "scale": 0.08 * s, "gamma": 0.3 * s, "bias": 0.2 * s},
+        **{"blur": 1.0 * s, "noise": 0.05 * s},
+        **{f"{kind}_p": 1.0 for kind in ("rotate", "shift", "scale", "gamma", "bias", "blur", "noise")},
+    ),
+}
+# the first strength of a kind is its standard one, which an overall recall counts; units as in KINDS
+GRID: dict[str, tuple[float, ...]] = {
+    "identity": (0.0,),
+    "flip": (1.0,),
+    "rotation": (4.0, 8.0),
+    "shift": (0.06, 0.12),
+    "scale": (1.08, 0.92, 1.15),
+    "crop": (0.9, 0.8),
+    "gamma": (1.4, 0.7, 2.0),
+    "bias": (0.3, 0.6),
+    "noise": (0.05, 0.1, 0.2),
+    "blur": (1.0, 2.0),
+    "combined": (1.0,),
+}
+
+
+def grid(strengths: Mapping[str, Sequence[float]] | None = None) -> dict[tuple[str, float], Callable]:
+    """(kind, strength) -> `(key, x) -> x` for every strength of every kind; None: all of GRID.
+
+    Raises:
+      ValueError: for an unknown kind.
+    """
+    strengths = GRID if strengths is None else strengths
+    if unknown := [kind for kind in strengths if kind not in KINDS]:
+        raise ValueError(f"config.audit.planted: no kind {unknown[0]!r}; use {', '.join(KINDS)}")
+
+    def copy(kind: str, strength: float) -> Callable[[Array, Array], Array]:
+        return lambda key, x: KINDS[kind](key, x, strength)
+
+    return {(kind, float(s)): copy(kind, float(s)) for kind, values in strengths.items() for s in values}

@@ -1,0 +1,108 @@
+"""The positive control: known copies of training images, planted; what share of them would the audit have flagged?"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from detection import calibrate, neighbours
+from launch import log, mesh
+
+Plants = Mapping[tuple[str, float], Callable[[jax.Array, jax.Array], jax.Array]]
+
+
+class Planted(NamedTuple):
+    """Copies of one kind and strength, one training patient each: their scores, and where they point."""
+
+    kind: str
+    strength: float
+    standard: bool  # the first strength of its kind, which counts in the overall recall
+    sim_Q: np.ndarray
+    nearest_Q: np.ndarray  # index of the nearest training image
+
+
+def choose(patients_N: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Indices of at most `count` images to copy: patients at random, one image of each at random, ascending."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(patients_N))
+    _, first = np.unique(patients_N[order], return_index=True)
+    return np.sort(order[rng.permutation(first)[:count]])
+
+
+def plant(
+    plants: Plants,
+    images: Any,
+    chosen_Q: np.ndarray,
+    like_train_NxD: np.ndarray,
+    *,
+    embed: Callable[[jax.Array], jax.Array],
+    view: Callable[[jax.Array], jax.Array],
+    in_order: Callable[..., Iterator],
+    batch: int,
+    seed: int,
+) -> list[Planted]:
+    """Copies the chosen training images in every kind and strength, renders and embeds them, and finds their nearest.
+
+    Args:
+      plants: (kind, strength) -> `copy(key, x) -> x`, in the order of the report; the first strength of a kind is standard.
+      like_train_NxD: standardised embeddings of the training images as `view` renders them.
+      view: the rendering that a generator's copy would have.
+    """
+    subset = [images[int(i)] for i in chosen_Q]
+    key = jax.random.key(seed)
+    planted, seen = [], set()
+    with log.progress("positive control", len(plants), unit="kind") as bar:
+        for (kind, strength), copy in plants.items():
+            made = jax.jit(copy)
+            parts = list(mesh.stream(lambda x, made=made: embed(view(made(key, x))), in_order(subset, batch)))
+            found = neighbours.nearest(neighbours.standardise(np.concatenate(parts)), like_train_NxD)
+            planted.append(Planted(kind, strength, kind not in seen, found.sim[:, 0], found.index[:, 0]))
+            seen.add(kind)
+            bar.update(1)
+    return planted
+
+
+def recalls(
+    planted: list[Planted], threshold: float, patients_N: np.ndarray, chosen_Q: np.ndarray
+) -> list[dict[str, Any]]:
+    """Share of the copies of each kind and strength at or above `threshold`, with its exact interval over patients.
+
+    `right_patient`: share whose nearest training image is of the patient they were made from.
+    """
+    truth_Q = patients_N[chosen_Q]
+    rows = []
+    for p in planted:
+        seen_Q = p.sim_Q >= threshold
+        rows.append(
+            {
+                "kind": p.kind,
+                "strength": p.strength,
+                "standard": p.standard,
+                "n": len(seen_Q),
+                "recall": float(seen_Q.mean()),
+                "recall_ci": list(calibrate.clopper_pearson(seen_Q.sum(), len(seen_Q))),
+                "right_patient": float((patients_N[p.nearest_Q] == truth_Q).mean()),
+            }
+        )
+    return rows
+
+
+def overall(planted: list[Planted], threshold: float, seed: int) -> dict[str, Any]:
+    """Recall averaged over the standard strength of every kind, each kind counting alike.
+
+    Returns:
+      recall, n (patients copied), recall_ci: the hull of a bootstrap over patients, all kinds of a patient together, and
+      of Clopper-Pearson for as many patients, which keeps an interval where all or none are seen.
+    """
+    seen_QxP = np.stack([p.sim_Q >= threshold for p in planted if p.standard], axis=1)
+    by_patient = seen_QxP.mean(1)
+    n, rng = len(by_patient), np.random.default_rng(seed)
+    draws = by_patient[rng.integers(0, n, (calibrate.DRAWS, n))].mean(1)
+    exact = calibrate.beta_interval(float(by_patient.mean()), n)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {
+        "n": n,
+        "recall": float(by_patient.mean()),
+        "recall_ci": [min(float(low), exact[0]), max(float(high), exact[1])],
+    }

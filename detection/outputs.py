@@ -1,0 +1,121 @@
+"""What an audit leaves behind besides its JSON: verdicts, pictures, and a few lines for the terminal."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detection import calibrate, figures, neighbours
+from launch import checkpoint
+
+
+def histogram(syn_K: np.ndarray, null_M: np.ndarray, control_C: np.ndarray) -> dict[str, list]:
+    """Counts of the similarity to the nearest training image in 60 equal bins up to 1, for each set."""
+    edges = np.linspace(min(syn_K.min(), null_M.min(), control_C.min()), 1.0, 61)
+    edges[-1] = np.nextafter(np.float32(max(1.0, syn_K.max())), np.float32(2))  # rounding may leave a copy just above 1
+    count = lambda sim: np.histogram(sim, edges)[0].tolist()
+    return {"edges": edges.tolist(), "synthetic": count(syn_K), "unseen": count(null_M), "control": count(control_C)}
+
+
+def write_verdicts(
+    path: Path, ids: np.ndarray, train: Any, hits: neighbours.Neighbours, test: calibrate.Calibrated
+) -> None:
+    """One row per synthetic image, in the order given."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["image", "nearest", "nearest_patient", "similarity", "p_value", "flagged"])
+    for image, j, sim, p, flag in zip(ids, hits.index[:, 0], hits.sim[:, 0], test.p_K, test.flagged_K, strict=True):
+        rows.writerow([image, train.ids[j], train.patients[j], f"{sim:.6f}", f"{p:.6g}", int(flag)])
+    checkpoint.write_text(path, text.getvalue())
+
+
+def draw(
+    folder: Path,
+    hits: neighbours.Neighbours,
+    null_M: np.ndarray,
+    synthetic: Any,
+    train: Any,
+    test: calibrate.Calibrated,
+    result: dict,
+    pairs: int,
+) -> None:
+    """`pairs.png` and `histogram.png`."""
+    sim_K, index_K = hits.sim[:, 0], hits.index[:, 0]
+    top = np.argsort(-sim_K, kind="stable")[:pairs]
+    captions = [
+        (f"{synthetic.ids[i]}  r = {sim_K[i]:.3f}, p = {test.p_K[i]:.3f}", f"nearest: {train.ids[index_K[i]]}")
+        for i in top
+    ]
+    figures.pairs(
+        folder / "pairs.png",
+        [synthetic.images[i] for i in top],
+        [train.images[index_K[i]] for i in top],
+        captions,
+        test.flagged_K[top],
+        f"The {len(top)} most similar pairs: synthetic image, nearest training image, difference (red: flagged as copy)",
+    )
+    figures.histogram(
+        folder / "histogram.png",
+        sim_K,
+        null_M,
+        [
+            (f"calibrated threshold (FDR {result['calibrated']['fdr']:g})", test.threshold, "-"),
+            ("score the fewest flaggable copies would need", None if test.flagged_K.any() else test.needed, ":"),
+            ("the paper's rule, set on images as they are", result["paper"]["threshold"], "--"),
+        ],
+        f"{result['calibrated']['n_copies']} of {result['n_syn']} synthetic images flagged as copies",
+    )
+
+
+def table(result: dict[str, Any], folder: Path) -> str:
+    """The audit in a few lines for the terminal."""
+    percent = lambda rate: f"{100 * rate:.1f} %"
+    span = lambda ci: f"[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
+    both = lambda rate, ci: f"{percent(rate)} {span(ci)}"
+    paper, calibrated, negative, power = (result[k] for k in ("paper", "calibrated", "negative_control", "power"))
+    least, likely = power["smallest_flaggable_copy_rate"], power["min_detectable_copy_rate"]
+    can = percent(least) if least else "none, there are too few unseen patients"
+    can += f"; found with 80 % probability: {percent(likely)}" if likely else "; found with 80 % probability: none"
+    null_mem = percent(paper["null_mem_rate"]) + (", extrapolated" if paper["null_mem_rate_extrapolated"] else "")
+    weakest = min(result["positive_control"], key=lambda row: row["recall"])
+    lines = [
+        *(f"CAUTION: {caveat}" for caveat in result["caveats"]),
+        f"audit of {result['n_syn']} synthetic images against {result['n_train']} training images of "
+        f"{result['n_train_patients']} patients; null: {result['n_val']} images of {result['n_val_patients']} unseen patients",
+        f"{'':34}{'calibrated':>24}{'paper rule':>24}{'paper rule, null floor':>26}",
+        f"{'copies, of synthetic images':34}{calibrated['n_copies']:>24}{paper['n_copies']:>24}{'':>26}",
+        f"{'  rate, 95 % interval':34}{both(calibrated['copy_rate'], calibrated['copy_rate_ci']):>24}"
+        f"{both(paper['copy_rate'], paper['copy_rate_ci']):>24}{both(paper['null_copy_rate'], paper['null_copy_rate_ci']):>26}",
+        f"{'memorized training images':34}{calibrated['n_mem']:>24}{paper['n_mem']:>24}{null_mem:>26}",
+        f"{'  patients':34}{calibrated['n_mem_patients']:>24}{paper['n_mem_patients']:>24}",
+        f"negative control: {both(negative['flag_rate'], negative['flag_rate_ci'])} of {negative['n']} images of "
+        f"{negative['n_patients']} unseen patients have p <= {negative['nominal']:g} (nominal {percent(negative['nominal'])}; "
+        f"chance of as many: {negative['excess_p_value']:.3f})",
+        f"positive control: {both(power['recall'], power['recall_ci'])} of planted copies seen, mean over kinds "
+        f"({power['n']} training patients); weakest: {weakest['kind']} {weakest['strength']:g}, {percent(weakest['recall'])}",
+        f"power: smallest copy rate that could be flagged: {can}",
+        f"rendering differs: {'YES' if result['rendering']['differs'] else 'no'} "
+        f"({result['rendering']['worst_gap_db']:+.1f} dB; before matching {result['rendering']['raw_worst_gap_db']:+.1f} dB)",
+        *release_lines(result["release"]),
+        f"verdict: {result['verdict']}: {result['reasons'][0]}",
+        *(f"         {reason}" for reason in result["reasons"][1:]),
+        f"report: {folder}/audit.json, verdicts.csv, pairs.png, histogram.png",
+    ]
+    return "\n".join(lines)
+
+
+def release_lines(release: dict[str, Any] | None) -> list[str]:
+    """What was released, if anything, for the terminal."""
+    if not release:
+        return []
+    lines = [
+        f"release: {release['n_kept']} images in {release['folder']}; left out: {release['n_flagged']} copies and "
+        f"{release['n_removed_with_them']} that go with them; verdict on what is released: {release['verdict']}"
+    ]
+    return lines + [
+        f"  by {again['space']}: {again['n_copies']} copies, recall on planted ones {100 * again['recall']:.1f} %: "
+        f"{again['verdict']}, {again['reasons'][0]}"
+        for again in release["again"]
+    ]

@@ -1,0 +1,115 @@
+"""How each set is rendered before it is compared, and its embeddings, computed once and kept."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from detection import neighbours, rendering
+from launch import log, mesh, stage
+
+
+class Views(NamedTuple):
+    """Functions of a batch on the device for real and for synthetic images, and the check of what they achieve."""
+
+    real: Callable[[jax.Array], jax.Array]
+    synthetic: Callable[[jax.Array], jax.Array]
+    report: dict[str, Any]
+
+
+def as_it_is(x: jax.Array) -> jax.Array:
+    """The view of images that need no rendering."""
+    return x
+
+
+def like_for_like(
+    sets: Mapping[str, Any],
+    synthetic: Any,
+    render: Callable | None,
+    in_order: Callable[..., Iterator],
+    batch: int,
+    seed: int,
+) -> Views:
+    """Renders real images as the synthetic ones are and measures what difference is left.
+
+    Args:
+      render: how the generator renders an image (the autoencoder's round trip). None, for images made elsewhere: real
+        and synthetic images are filtered to their common power spectrum instead.
+    """
+    val = sets["val"]
+
+    def spectra(images: Sequence, view: Callable) -> np.ndarray:
+        return np.concatenate(list(mesh.stream(lambda x: rendering.spectra(view(x)), in_order(images, batch))))
+
+    raw_MxF, syn_KxF = spectra(val.images, as_it_is), spectra(synthetic.images, as_it_is)
+    raw = rendering.compare(raw_MxF, val.patients, syn_KxF, seed=seed)
+    if render is None:
+        filters = rendering.common_filters(raw_MxF, syn_KxF)
+        view = lambda gain: lambda x: rendering.apply_filter(x, gain)
+        real, fake, kind = view(filters.real), view(filters.synthetic), "low-pass to the common spectrum"
+        syn_KxF = spectra(synthetic.images, fake)
+    else:
+        real, fake, kind = render, as_it_is, "round trip through the autoencoder"
+    report = rendering.compare(spectra(val.images, real), val.patients, syn_KxF, seed=seed)
+    before = {"raw_gap_db": raw["gap_db"], "raw_worst_gap_db": raw["worst_gap_db"]}
+    return Views(real, fake, {"kind": kind, **report, **before})
+
+
+def fingerprint(images: Sequence, in_order: Callable[..., Iterator], batch: int) -> str:
+    """SHA-256 of the images' values in their order."""
+    digest = hashlib.sha256()
+    for rows, valid in in_order(images, batch):
+        digest.update(np.ascontiguousarray(rows[:valid]).tobytes())
+    return digest.hexdigest()
+
+
+def embedder(
+    embed: Callable[[jax.Array], jax.Array], in_order: Callable[..., Iterator], batch: int, cache: Path | None
+) -> Callable[..., np.ndarray]:
+    """A function `(images, view, name, content) -> (n, D)`: standardised embeddings of the images as `view` renders them.
+
+    With a `cache` folder they are kept in it under the hash of the images' content (`fingerprint`) and of what the
+    first batch is embedded to, which tells the weights of the detector and of the view apart; the next audit reads them.
+    """
+
+    def embeddings(images: Sequence, view: Callable, name: str, content: str | None = None) -> np.ndarray:
+        parts, path = [], None
+        with log.progress(f"embedding {name}", len(images), unit="image") as bar:
+            for part in mesh.stream(lambda x: embed(view(x)), in_order(images, batch)):
+                if not parts and cache and content:
+                    key = hashlib.sha256(f"{content} {part.shape}".encode() + part.astype(np.float16).tobytes())
+                    path = cache / f"{key.hexdigest()[:32]}.npy"
+                    if path.exists():
+                        bar.update(len(images))
+                        return np.load(path)
+                parts.append(part)
+                bar.update(len(part))
+        result = neighbours.standardise(np.concatenate(parts))
+        if path:
+            if jax.process_index() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_suffix(f".{os.getpid()}.npy")
+                np.save(aside, result)
+                os.replace(aside, path)
+            stage.barrier(f"embeddings {name}")
+        return result
+
+    return embeddings
+
+
+def pixels(x: jax.Array, most: int = 4096) -> jax.Array:
+    """Images (B, *S, C) as vectors of pixels, (B, at most about `most`): averaged in blocks where there are more.
+
+    Their Pearson correlation is the plain pixel correlation (of the block averages).
+    """
+    size = x.shape[1:-1]
+    block = 1
+    while np.prod([-(-n // block) for n in size]) > most:
+        block += 1
+    window = tuple(min(block, n) for n in size)
+    summed = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, *window, 1), (1, *window, 1), "VALID")
+    return summed.reshape(len(x), -1)
