@@ -1,0 +1,144 @@
+"""Does the calibrated test keep its promises on real images? Nulls and power, by resampling unseen patients.
+
+    python -m tests.benchmarks.calibration --config=configs/xray.py --config.data.path=NIH --workdir=runs/calibration/xray
+
+Trains the config's detector on the training patients (or takes it from the workdir), embeds everything once, and then
+splits the patients that no model saw many times: some are the null, others stand for synthetic images, alone (nulls) or
+beside planted copies of training images (power). Writes WORKDIR/calibration.json and prints two tables.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app
+
+import data
+import detection
+import main
+from data import copies
+from detection import calibrate, controls, neighbours, views
+from launch import machine, mesh
+
+DRAWS = 400
+RATES = (0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+def scores(config, workdir):
+    """Scores to the nearest training image: of every unseen image, with its patient; of copies by (kind, strength)."""
+    sets = data.load(**config.data.to_dict())
+    model = main.train_detector(config, workdir / "detector", sets, purpose=2)
+    embed = detection.embedder(model)
+    embeddings = views.embedder(embed, data.in_order, config.audit.batch, None)
+    gallery = embeddings(sets["train"].images, views.as_it_is, "train")
+    unseen = [
+        neighbours.nearest(embeddings(sets[name].images, views.as_it_is, name), gallery).sim[:, 0]
+        for name in ("val", "control")
+    ]
+    patients = np.concatenate([sets[name].patients for name in ("val", "control")])
+    chosen = controls.choose(sets["train"].patients, 128, config.seed)
+    planted = controls.plant(
+        copies.grid(), sets["train"].images, chosen, gallery, embed=embed, view=views.as_it_is,
+        in_order=data.in_order, batch=config.audit.batch, seed=config.seed,
+    )  # fmt: skip
+    return np.concatenate(unseen), patients, planted
+
+
+def split(rng, patients, share, one_each):
+    """Indices of the null images (all images of `share` of the patients) and of the others (one image each, or all)."""
+    names = rng.permutation(np.unique(patients))
+    cut = round(share * len(names))
+    null = np.flatnonzero(np.isin(patients, names[:cut]))
+    rest = rng.permutation(np.flatnonzero(np.isin(patients, names[cut:])))
+    if one_each:
+        rest = rest[np.unique(patients[rest], return_index=True)[1]]
+    return null, rng.permutation(rest)
+
+
+def nulls(unseen, patients, fdr):
+    """Unseen patients in the place of synthetic images: how often is anything flagged, which should be at most `fdr`?"""
+    rows = []
+    for one_each in (True, False):
+        for share in (0.3, 0.5, 0.7, 0.9):
+            rng = np.random.default_rng(0)
+            any_, level = [], []
+            for _ in range(DRAWS):
+                null, rest = split(rng, patients, share, one_each)
+                p = calibrate.conformal_p(unseen[rest], unseen[null], patients[null])
+                any_.append(calibrate.benjamini_hochberg(p, fdr).any())
+                level.append((p <= fdr).mean())
+            rows.append(
+                {
+                    "images": "one a patient" if one_each else "all",
+                    "null_patients": round(share * len(np.unique(patients))),
+                    "k": len(rest),
+                    "draws": DRAWS,
+                    "any_flagged": float(np.mean(any_)),
+                    "any_flagged_ci": list(calibrate.clopper_pearson(sum(any_), DRAWS)),
+                    "p_below_nominal": float(np.mean(level)),
+                    "nominal": fdr,
+                }
+            )
+    return rows
+
+
+def power(unseen, patients, planted, fdr):
+    """Copies of one kind among unseen patients: recall and false-discovery proportion, measured and promised."""
+    rows = []
+    for copy in planted:
+        for rate in RATES:
+            rng = np.random.default_rng(1)
+            recall, wrong, found = [], [], []
+            for _ in range(DRAWS // 4):
+                null, rest = split(rng, patients, 0.75, True)
+                n_copies = max(round(rate / (1 - rate) * len(rest)), 1)
+                pick = rng.choice(len(copy.sim_Q), min(n_copies, len(copy.sim_Q)), replace=False)
+                p = calibrate.conformal_p(np.append(copy.sim_Q[pick], unseen[rest]), unseen[null], patients[null])
+                flagged = calibrate.benjamini_hochberg(p, fdr)
+                recall.append(flagged[: len(pick)].mean())
+                wrong.append(flagged[len(pick) :].sum() / max(flagged.sum(), 1))
+                found.append(flagged.any())
+            k = len(pick) + len(rest)
+            n_null = len(np.unique(patients[null]))
+            above = float((copy.sim_Q > unseen.max()).mean())
+            rows.append(
+                {
+                    "kind": copy.kind,
+                    "strength": copy.strength,
+                    "copy_rate": len(pick) / k,
+                    "k": k,
+                    "null_patients": n_null,
+                    "recall": float(np.mean(recall)),
+                    "false_discoveries": float(np.mean(wrong)),
+                    "false_discoveries_promised": fdr,
+                    "found": float(np.mean(found)),
+                    "smallest_flaggable": calibrate.smallest_flaggable_rate(n_null, k, fdr),
+                    "above_all_unseen": above,
+                }
+            )
+    return rows
+
+
+def table(rows):
+    show = lambda v: (
+        f"{v:.3f}" if isinstance(v, float) else " to ".join(f"{x:.3f}" for x in v) if isinstance(v, list) else v
+    )
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(str(show(v)) for v in row.values()) + " |" for row in rows])
+
+
+def run(_):
+    config, workdir = main._CONFIG.value, Path(main._WORKDIR.value)
+    machine.start()
+    with jax.set_mesh(mesh.make(1)):
+        unseen, patients, planted = scores(config, workdir)
+    fdr = config.audit.fdr
+    result = {"nulls": nulls(unseen, patients, fdr), "power": power(unseen, patients, planted, fdr)}
+    (workdir / "calibration.json").write_text(json.dumps(result, indent=1))
+    print(table(result["nulls"]), table(result["power"]), sep="\n\n")
+
+
+if __name__ == "__main__":
+    app.run(run, [*sys.argv, "--mode=audit"])
