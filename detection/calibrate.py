@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special, stats
 
+from detection import richness
+
 DRAWS = 1000  # bootstrap resamples
 
 
@@ -33,8 +35,8 @@ def paper_rule(
       val_of_train_N, syn_of_train_N: of each training image, to the nearest validation and synthetic image.
       train_of_syn_K: of each synthetic image, to the nearest training image.
     """
-    tau = float(np.percentile(_finite(val_of_train_N), percentile))
-    return PaperRule(tau, _finite(syn_of_train_N) > tau, _finite(train_of_syn_K) > tau)
+    tau = float(np.percentile(finite(val_of_train_N), percentile))
+    return PaperRule(tau, finite(syn_of_train_N) > tau, finite(train_of_syn_K) > tau)
 
 
 class NullFloor(NamedTuple):
@@ -56,45 +58,19 @@ def null_floor(
     synthetic one does. The memorized rate does: with a_i of the C control images above tau for training image i, the
     chance that none of k drawn ones is above is C(C - a_i, k) / C(C, k) for k <= C (exact expectation over subsets).
     For k > C it is an extrapolation, and `extrapolated` says so: the training images that no control image came near
-    stand for unseen species, whose number and discovery follow Chao's estimator (`hit_by`). The naive 1 - (1 - a_i /
-    C)^k takes a_i = 0 for impossible and gave less than half of the truth in simulation. Images of one control
-    patient count as separate draws; as they repeat each other, the true rate for k independent images is a little
-    higher than either estimate.
+    stand for unseen species, whose number and discovery follow Chao's estimator (`richness.distinct`). The naive
+    1 - (1 - a_i / C)^k takes a_i = 0 for impossible and gave less than half of the truth in simulation. Images of one
+    control patient count as separate draws; as they repeat each other, the true rate for k independent images is a
+    little higher than either estimate.
 
     Args:
       train_of_control_C: similarity of each control image to its nearest training image.
       above_N: number of control images above tau for each training image.
     """
-    c = len(train_of_control_C)
-    flags = (_finite(train_of_control_C) > tau).astype(float)
-    a = np.asarray(above_N, float)
-    if k <= c:
-        log_none = (
-            special.gammaln(c - a + 1)
-            - special.gammaln(np.maximum(c - a - k, 0) + 1)
-            - special.gammaln(c + 1)
-            + special.gammaln(c - k + 1)
-        )
-        mem_rate = float(1 - np.where(c - a >= k, np.exp(log_none), 0.0).mean())
-    else:
-        mem_rate = hit_by(a, c, k) / len(a)
-    return NullFloor(float(flags.mean()), rate_interval(flags, patients_C, seed=seed), max(mem_rate, 0.0), k > c)
-
-
-def hit_by(a_N: np.ndarray, c: int, k: int) -> float:
-    """Expected number of the N targets hit by k >= c draws, when c draws hit target i a_i times.
-
-    Incidence-based extrapolation of species richness (Chao et al. 2014, 'Rarefaction and extrapolation with Hill
-    numbers', Ecological Monographs 84; the unseen by Chao2), with no more unseen targets than are left of the N. With
-    q1, q2 targets hit once, twice: unseen u = (c - 1) / c q1^2 / (2 q2), and S(k) = S(c) + u (1 - (1 - q1 / (c u +
-    q1))^(k - c)). Good to k of 2 or 3 c; beyond that a lower bound, as Chao2 is one.
-    """
-    seen, once, twice = ((a_N > 0).sum(), (a_N == 1).sum(), (a_N == 2).sum())
-    unseen = (c - 1) / c * (once**2 / (2 * twice) if twice else once * (once - 1) / 2)
-    unseen = min(unseen, len(a_N) - seen)
-    if unseen <= 0:
-        return float(seen)
-    return float(seen + unseen * (1 - (1 - once / (c * unseen + once)) ** (k - c)))
+    c, n = len(train_of_control_C), len(above_N)
+    flags = (finite(train_of_control_C) > tau).astype(float)
+    mem_rate = float(richness.distinct(np.asarray(above_N), c, k, n)[0] / n)
+    return NullFloor(float(flags.mean()), rate_interval(flags, patients_C, seed=seed), mem_rate, k > c)
 
 
 def conformal_p(scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray) -> np.ndarray:
@@ -107,10 +83,10 @@ def conformal_p(scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray
     (1 + #{null >= s}) / (1 + M). Ties count against the image. The smallest value possible is 1 / (1 + patients).
     """
     weight_M = patient_weights(patients_M)
-    order = np.argsort(_finite(null_M), kind="stable")
+    order = np.argsort(finite(null_M), kind="stable")
     null, weight = null_M[order], weight_M[order]
     from_here = np.append(np.cumsum(weight[::-1])[::-1], 0.0)  # weight of all null scores at or after a position
-    exceed_K = from_here[np.searchsorted(null, _finite(scores_K), side="left")]
+    exceed_K = from_here[np.searchsorted(null, finite(scores_K), side="left")]
     return np.minimum((1.0 + exceed_K) / (1.0 + weight_M.sum()), 1.0)
 
 
@@ -225,7 +201,7 @@ def needed_score(null_M: np.ndarray, patients_M: np.ndarray, k: int, fdr: float)
     rate = smallest_flaggable_rate(n_patients, k, fdr)
     if rate > 1:
         return None
-    null = np.unique(_finite(null_M))
+    null = np.unique(finite(null_M))
     just_above = np.nextafter(null.astype(np.float64), np.inf)
     passes = conformal_p(just_above, np.asarray(null_M, np.float64), patients_M) <= fdr * rate * (1 + 1e-9)
     return float(just_above[passes][0])
@@ -312,7 +288,7 @@ def power_at(copy_rate: float, n_patients: int, k: int, fdr: float, recall: floa
     return float(stats.binom.sf(round(rate * k) - 1, k, copy_rate * recall)) if rate <= 1 else 0.0
 
 
-def _finite(x: np.ndarray) -> np.ndarray:
+def finite(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     if x.size == 0 or not np.isfinite(x).all():
         raise ValueError("similarities are missing or not finite: the detector's embeddings are broken, train it again")

@@ -144,14 +144,6 @@ def test_null_mem_rate_beyond_the_control_set_is_extrapolated_without_much_bias(
     assert np.mean(floor) == pytest.approx(np.mean(truth), abs=0.03)
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=30), st.integers(0, 100))
-@settings(max_examples=50, deadline=None)
-def test_extrapolated_hits_start_at_those_seen_grow_and_stay_below_all(a, more):
-    a = np.array(a)
-    assert calibrate.hit_by(a, 20, 20) == (a > 0).sum()
-    assert (a > 0).sum() <= calibrate.hit_by(a, 20, 20 + more) <= calibrate.hit_by(a, 20, 21 + more) <= len(a)
-
-
 def test_rate_interval_widens_where_patients_repeat():
     flags = np.tile([True, False, False, False], 25)
     alone = calibrate.rate_interval(flags, np.arange(100), seed=0)
