@@ -178,7 +178,8 @@ def key(config: ConfigDict, purpose: int) -> jax.Array:
 
 def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> None:
     """Refuses a folder made with other settings of these sections, of the data or of the seed."""
-    flat = stage.flatten(config.to_dict()) | {"data.cache": None, "sample.batch": None}  # these change no result
+    flat = stage.flatten(config.to_dict())
+    flat |= dict.fromkeys(("data.cache", "data.workers", "data.beam", "sample.batch"))  # these change no result
     mine = ("seed", "data", *sections)
     stage.claim(folder, {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}, grow)
 

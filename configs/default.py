@@ -15,20 +15,38 @@ def get_config(variant: str = "") -> ConfigDict:
 
     # ---- images on disk -> arrays, split by patient
     config.data = data = ConfigDict()
-    # image folder, CSV manifest or layout root; None: the embedded brain cohort
+    # image folder, CSV manifest, file or layout root, 'tfds:NAME'; None: the embedded brain cohort
     data.path = config_dict.placeholder(str)
-    data.layout = "auto"  # 'folder', 'manifest', 'nih', 'cohort', or found out from `path`
+    # 'folder', 'manifest', 'nih', 'chexpert', 'mimic', 'mrnet', 'fastmri', 'ixi', 'brats', 'decathlon', 'bids', 'dicom',
+    # 'medmnist', 'tfds', 'cohort', or found out from `path`; data/layouts.py says what each looks like
+    data.layout = "auto"
+    # which images, where there are several kinds: a plane ('sagittal'), sequence ('T1', 't1,flair'), view ('Frontal'), the
+    # name of an array in .npz and .h5; in DICOM trees a regular expression searched in 'MODALITY SeriesDescription'
+    data.kind = config_dict.placeholder(str)
     data.size = (64, 64)  # (H, W) or (D, H, W)
-    # folder layout: regular expression whose first group is the patient
+    # for files whose layout says no patient: regular expression whose first group is the patient
     data.patient_pattern = config_dict.placeholder(str)
     data.patients = "required"  # or 'per_image': every image its own patient, said in every report
-    data.intensity = "type"  # 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH'
+    # how numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH' (in the
+    # files' units), 'header' (the window that the file recommends)
+    data.intensity = "type"
     data.channels = 1
-    data.fit = "pad"  # an image of another shape: 'pad' or 'crop' to the aspect of `size`, or 'stretch'
+    data.channel = config_dict.placeholder(int)  # of files with several channels (4D), only this one
+    # an image of another shape: 'pad' or 'crop' to the aspect of `size` and resample; 'stretch'; or 'exact': cropped and
+    # padded about the centre, voxel for voxel
+    data.fit = "pad"
+    data.spacing = config_dict.placeholder(tuple)  # mm for each axis of `size`: resample to it, then fit; None: as it is
+    # 2D images of volumes: 'AXIS:START:STOP:EVERY', as 'z', 'z:40:80', 'x:25%:75%:2'; z axial, y coronal, x sagittal
+    data.slices = config_dict.placeholder(str)
+    # sub-volumes of `size` instead of whole volumes: a CSV with path,z,y,x of their centres and, if wanted, name,unit
+    data.centres = config_dict.placeholder(str)
     # at most so many images of a split
     data.limit = ConfigDict({"train": config_dict.placeholder(int), "val": config_dict.placeholder(int)})
     data.on_error = "raise"  # or 'skip': unreadable files are counted and left out
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
+    data.workers = config_dict.placeholder(int)  # processes that read files; None: one for each core
+    data.beam = config_dict.placeholder(str)  # Apache Beam reads them instead, with these options: '--runner=DirectRunner'
+    data.given_splits = True  # splits that the data brings win over `fractions`
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})

@@ -1,77 +1,106 @@
-"""One image file -> float32 array in [-1, 1]: a reader for each format, then intensity, then geometry.
+"""What a manifest points to -> float32 arrays in [-1, 1]: a format's reader, then intensity, then geometry.
 
 Axes are (H, W) or (D, H, W), then channels. Volumes lie as axial DICOM series do: D from inferior to superior, H from
 anterior to posterior, W from the patient's right to left. Nothing of an image's content ever enters an error message.
 """
 
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse
+
+from data import containers, dicom, geometry, readers
+from data.readers import Pixels, Refused, suffix
 
 
-class Pixels(NamedTuple):
-    """What a reader returns."""
+class Source(NamedTuple):
+    """Where the image or images of one row of a manifest are."""
 
-    array: np.ndarray  # (*spatial, C), the file's own numbers
-    top: float | None  # by their type the numbers run from 0 to top; None where the type says no such range
+    path: str  # what errors name
+    parts: tuple[str, ...] = ()  # files of a series, or of one channel each; none: the file `path`
+    item: str = ""  # which array, row or record of the file
+    centres: tuple[tuple[str, float, float, float, str], ...] = ()  # of sub-volumes: name, z, y, x, unit
 
 
 class Image(NamedTuple):
     array: np.ndarray  # float32 (*size, C) in [-1, 1]
     eight_bit: bool  # the file holds 8-bit numbers
     resized: bool  # the file had another shape
+    spacing: tuple[float, ...] | None = None  # mm between the voxels of `array`, where the file says its own
+    part: str = ""  # of a file with several: what to add to the id, '#z012'
 
 
-FITS = ("pad", "crop", "stretch")
+def read_image(path: str, *, size: Sequence[int], **settings) -> Image:
+    """The image of a file that holds one; see `read_images`."""
+    (image,) = read_images(Source(str(path)), size=size, **settings)
+    return image
 
 
-class Refused(Exception):
-    """A file we can read and do not take; the message says why and the mend, without the path."""
-
-
-def read_image(path: str, *, size: Sequence[int], channels: int = 1, intensity="type", fit: str = "pad") -> Image:
-    """Reads an image file into the project's form.
+def read_images(
+    source: Source,
+    *,
+    size: Sequence[int],
+    channels: int = 1,
+    channel: int | None = None,
+    intensity="type",
+    fit: str = "pad",
+    spacing: Sequence[float] | None = None,
+    slices: str | None = None,
+) -> Iterator[Image]:
+    """Reads a file, or the files of a series, into the project's form.
 
     Args:
-      path: file; its suffix chooses the reader.
+      source: what to read; the suffix of a file chooses its reader.
       size: (H, W) or (D, H, W) wanted.
       channels: wanted; a colour file is taken for one channel only if its content is grey.
-      intensity: how numbers become [-1, 1]; see `parse_intensity`.
-      fit: how another shape becomes `size`: 'pad' (with -1) or 'crop' about the centre to the aspect of `size`, then
-        resample; or 'stretch', which distorts anatomy. Aspect is counted in voxels, not millimetres.
+      channel: of a file with several (4D), only this one.
+      intensity: how numbers become [-1, 1], over the whole file; see `parse_intensity`.
+      fit: how another shape becomes `size`; see `geometry.spans_of`. Sub-volumes are always 'exact'.
+      spacing: mm between voxels, for each axis of `size`: `fit` is meant on a grid of this spacing, with a single
+        resampling. None: the file's own voxels.
+      slices: of volumes, these sections as 2D images; see `parse_slices`. Constant ones, outside the body, are not given.
+    Yields:
+      One image, or one for each slice or centre.
     Raises:
       ValueError: one line naming the file and the mend.
     """
-    kind = suffix(path)
+    paths = source.parts or (source.path,)
+    kind = suffix(paths[0])
     try:
-        if kind not in READERS:
-            raise Refused(f"no reader for this kind of file; readable are {', '.join(READERS)}")
-        if not os.path.isfile(path):
-            raise Refused("there is no such file; correct the manifest or restore the file")
-        if os.path.getsize(path) == 0:
-            raise Refused("the file is empty; restore or remove it")
+        for path in paths:
+            _check(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # decoders quote the file's content in theirs
-            pixels = READERS[kind](path)
-        pixels = _one_image(pixels, len(size), channels)
-        array = _scale(pixels, intensity)
-        resized = array.shape[:-1] != tuple(size)
-        return Image(_fit(array, tuple(size), fit) if resized else array, pixels.array.dtype == np.uint8, resized)
+            pixels = _read(paths, kind, source.item)
+        rank = 3 if slices or source.centres else len(size)
+        pixels = _one_image(_take_channel(pixels, channel), rank, channels)
+        array, eight_bit = _scale(pixels, intensity), pixels.array.dtype == np.uint8
+        if np.ptp(array) == 0:
+            raise Refused("is constant, so it shows nothing; remove it, or widen data.intensity if that is a window")
+        if slices:
+            axis, chosen = parse_slices(slices, array.shape)
+            in_plane = pixels.spacing and pixels.spacing[:axis] + pixels.spacing[axis + 1 :]
+            for index in chosen:
+                picture = array.take(index, axis)
+                if np.ptp(picture):
+                    image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
+                    yield image._replace(part=f"#{'zyx'[axis]}{index:03d}")
+        elif source.centres:
+            for name, *centre in source.centres:
+                image = _around(array, pixels, centre, tuple(size), spacing)
+                if np.ptp(image.array) == 0:
+                    raise Refused(f"the sub-volume {name} is constant; correct its centre or widen data.intensity")
+                yield image._replace(eight_bit=eight_bit, part=f"#{name}")
+        else:
+            yield _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit)
     except Refused as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source.path}: {error}") from None
     except Exception as error:  # decoders raise anything at damaged files, and what they say may quote content
-        why = f"cannot be read as {kind} ({type(error).__name__}): damaged, locked or of another kind"
-        raise ValueError(f"{path}: {why}; restore or remove it, or set data.on_error='skip'") from None
-
-
-def suffix(path: str) -> str:
-    """'.png' of 'a/B.PNG'; '.nii.gz' keeps both."""
-    name = os.path.basename(path).lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
+        why = f"cannot be read as {kind or 'an image'} ({type(error).__name__}): damaged, locked or of another kind"
+        raise ValueError(f"{source.path}: {why}; restore or remove it, or set data.on_error='skip'") from None
 
 
 def parse_intensity(policy: str | Sequence) -> tuple:
@@ -81,6 +110,7 @@ def parse_intensity(policy: str | Sequence) -> tuple:
     'minmax': from each image's own minimum to its maximum.
     'percentile:LO:HI' or ('percentile', lo, hi): between each image's own percentiles; clipped.
     'window:LO:HI' or ('window', lo, hi): between fixed numbers in the file's units (Hounsfield units in CT); clipped.
+    'header': the window that the file's header recommends (DICOM's WindowCenter, NIfTI's cal_min); clipped.
 
     Raises:
       ValueError: anything else.
@@ -88,125 +118,93 @@ def parse_intensity(policy: str | Sequence) -> tuple:
     name, *bounds = policy.split(":") if isinstance(policy, str) else policy
     try:
         low, high = map(float, bounds or (0, 1))
-        known = name in ("percentile", "window") if bounds else name in ("type", "minmax")
+        known = name in ("percentile", "window") if bounds else name in ("type", "minmax", "header")
         if known and np.isfinite(low) and low < high < np.inf and (name != "percentile" or 0 <= low < high <= 100):
             return (name, low, high) if bounds else (name,)
     except (TypeError, ValueError):
         pass  # falls through to the one message for all
-    kinds = "'type', 'minmax', 'percentile:LO:HI', 'window:LO:HI' with LO < HI"
+    kinds = "'type', 'minmax', 'header', 'percentile:LO:HI', 'window:LO:HI' with LO < HI"
     raise ValueError(f"data.intensity {policy!r} is none of {kinds}")
 
 
-# ---- readers: path -> Pixels
+def parse_slices(text: str, shape: Sequence[int] = (100, 100, 100)) -> tuple[int, range]:
+    """(axis, indices) of 'AXIS[:START:STOP[:EVERY]]', as 'z', 'z:40:80', 'x:25%:75%:2', in a volume of this shape.
+
+    z are axial sections, y coronal and x sagittal ones; for a bare array its first, second and third axis. START and STOP
+    are indices, or percentages of the volume's length.
+
+    Raises:
+      ValueError: anything else.
+    """
+    match = re.fullmatch(r"([zyx])(?::(\d+%?):(\d+%?)(?::([1-9]\d*))?)?", text)
+    if not match:
+        raise ValueError(
+            f"data.slices {text!r} is not AXIS or AXIS:START:STOP:EVERY, as 'z', 'z:40:80' or 'x:25%:75%:2'"
+        )
+    axis = "zyx".index(match[1])
+    count = shape[axis]
+    at = lambda end: min(count, round(count * int(end[:-1]) / 100) if end.endswith("%") else int(end))
+    return axis, range(at(match[2] or "0"), at(match[3] or "100%"), int(match[4] or 1))
 
 
-def _pillow(path: str) -> Pixels:
-    import PIL.Image
-    import PIL.ImageOps
-
-    frames = []
-    with PIL.Image.open(path) as image:
-        if image.width * image.height > PIL.Image.MAX_IMAGE_PIXELS:
-            raise Refused("is larger than any radiograph; remove it, or reduce it first")
-        if image.mode in ("LA", "RGB", "RGBA") and image.tile and "16" in str(image.tile[0][3]):
-            return _itk(path)  # Pillow would keep only the upper 8 of these 16 bits
-        if image.format == "TIFF" and image.info.get("compression") == "raw" and image.getexif().get(0x0112, 1) > 4:
-            raise Refused("is stored lying on its side, which Pillow garbles; save it upright")
-        for index in range(getattr(image, "n_frames", 1)):
-            image.seek(index)
-            # As every viewer shows it; Pillow turns a TIFF by itself.
-            frame = image.copy() if image.format == "TIFF" else PIL.ImageOps.exif_transpose(image)
-            if frame.mode in ("1", "P", "PA"):
-                frame = frame.convert("L" if frame.mode == "1" else "RGBA" if frame.has_transparency_data else "RGB")
-            if frame.mode not in ("L", "LA", "RGB", "RGBA", "I", "F") and not frame.mode.startswith("I;16"):
-                raise Refused(f"is stored as {frame.mode}; convert it to grey or RGB")
-            # 'I' of a PNG is how some versions of Pillow open 16 bits.
-            frames.append(np.asarray(frame, np.uint16 if frame.mode == "I" and image.format == "PNG" else None))
-    array = frames[0] if len(frames) == 1 else np.stack(frames)
-    return _typed(array, channels=frame.mode in ("LA", "RGB", "RGBA"))
+# ---- from files to one array
 
 
-def _nifti(path: str) -> Pixels:
-    import nibabel
-
-    image = nibabel.load(path)
-    if len(image.shape) not in (3, 4):
-        raise Refused(f"is {len(image.shape)}D; save it as 3D, or 4D with the channels last")
-    array = np.asanyarray(nibabel.as_closest_canonical(image).dataobj)
-    return _typed(array[::-1, ::-1].swapaxes(0, 2), channels=array.ndim == 4)  # (R, A, S) growing -> (S, P, L)
+def _check(path: str) -> None:
+    if not os.path.isfile(path):
+        raise Refused("there is no such file; correct the manifest or restore the file")
+    if os.path.getsize(path) == 0:
+        raise Refused("the file is empty; restore or remove it")
 
 
-def _itk(path: str) -> Pixels:
-    import SimpleITK
-
-    image = SimpleITK.ReadImage(path)
-    image = SimpleITK.DICOMOrient(image, "LPS") if image.GetDimension() == 3 else image
-    return _typed(SimpleITK.GetArrayFromImage(image), channels=image.GetNumberOfComponentsPerPixel() > 1)
-
-
-def _numpy(path: str) -> Pixels:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped, so that a false header cannot ask for memory
-    array = array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else np.array(array)
-    return _typed(array, channels=array.ndim >= 3 and array.shape[-1] <= 4)
-
-
-def _dicom(path: str) -> Pixels:
-    import pydicom
-    import pydicom.pixels
-
-    header = pydicom.dcmread(path)
-    if "PixelData" not in header:
-        raise Refused("is DICOM without pixel data; remove it")
-    array, bits, signed = header.pixel_array, int(header.BitsStored), bool(header.PixelRepresentation)
-    if header.PhotometricInterpretation == "MONOCHROME1":  # low numbers are white: mirror the stored range
-        array = ((-1 if signed else 2**bits - 1) - array.astype(np.int32)).astype(array.dtype)
-    if float(header.get("RescaleSlope", 1)) != 1 or float(header.get("RescaleIntercept", 0)) != 0:
-        array = pydicom.pixels.apply_rescale(array, header).astype(np.float32)
-    pixels = _typed(array, channels=int(header.SamplesPerPixel) > 1)
-    return pixels._replace(top=pixels.top and 2.0**bits - 1)
+def _read(paths: Sequence[str], kind: str, item: str) -> Pixels:
+    if os.path.basename(paths[0]) == containers.INFO:
+        return containers.record(paths[0], item)
+    if kind not in readers.READERS and dicom.is_dicom(paths[0]):
+        kind = ".dcm"  # scanners and archives leave the suffix out
+    if kind not in readers.READERS:
+        raise Refused(f"no reader for this kind of file; readable are {', '.join(readers.READERS)}")
+    if len(paths) == 1:
+        return readers.READERS[kind](paths[0], item)
+    if kind == ".dcm":
+        return dicom.read(paths)
+    parts = [readers.READERS[kind](path, item) for path in paths]
+    if any(part.array.shape != parts[0].array.shape for part in parts):
+        raise Refused("its channels differ in shape; register them to one grid first")
+    return parts[0]._replace(array=np.concatenate([part.array for part in parts], -1))
 
 
-def _typed(array: np.ndarray, channels: bool) -> Pixels:
-    """Adds an axis of channels where there is none, drops an opaque alpha channel, and finds the type's range."""
-    array = array if channels else array[..., None]
-    if array.shape[-1] in (2, 4) and array.dtype.kind == "u":
-        if np.ptp(array[..., -1]):
-            raise Refused("is transparent in part; save it without an alpha channel")
-        array = array[..., :-1]
-    return Pixels(array, float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else None)
-
-
-READERS: dict[str, Callable[[str], Pixels]] = {
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff"), _pillow),
-    **dict.fromkeys((".nii", ".nii.gz"), _nifti),
-    **dict.fromkeys((".nrrd", ".mha"), _itk),
-    ".npy": _numpy,
-    ".dcm": _dicom,
-}
-
-
-# ---- shape, intensity, geometry
+def _take_channel(pixels: Pixels, channel: int | None) -> Pixels:
+    if channel is None or pixels.array.shape[-1] == 1:
+        return pixels
+    if not 0 <= channel < pixels.array.shape[-1]:
+        raise Refused(f"has {pixels.array.shape[-1]} channels and none numbered {channel}; correct data.channel")
+    return pixels._replace(array=pixels.array[..., channel : channel + 1])
 
 
 def _one_image(pixels: Pixels, rank: int, channels: int) -> Pixels:
     """Drops axes of length 1 until `rank` are left, and the colour of what is grey; refuses all else."""
-    array = pixels.array
+    array, spacing = pixels.array, pixels.spacing
     if array.dtype.kind not in "uif":
         raise Refused(f"holds {array.dtype} instead of real numbers; save it as numbers")
     for axis in reversed(range(array.ndim - 1)):
         if array.ndim > rank + 1 and array.shape[axis] == 1:
-            array = array.squeeze(axis)
+            array, spacing = array.squeeze(axis), spacing and spacing[:axis] + spacing[axis + 1 :]
     if array.ndim != rank + 1 or array.size == 0:
         shape = "x".join(map(str, pixels.array.shape))
-        raise Refused(f"has shape {shape} (channels last), not a {rank}D image's; correct data.size, or leave it out")
+        mend = (
+            "correct data.size, set data.slices, or leave it out" if rank == 2 else "correct data.size, or leave it out"
+        )
+        raise Refused(f"has shape {shape} (channels last), not a {rank}D image's; {mend}")
     if array.shape[-1] == 3 and channels == 1:
         spread = (array.max(-1) - array.min(-1)).max()
         if spread > 0.02 * (pixels.top or np.abs(array).max()):  # JPEG leaves grey a little coloured
             raise Refused("is a colour image; convert it to grey, or set data.channels=3")
         array = array[..., 1:2]
     if array.shape[-1] != channels:
-        raise Refused(f"has {array.shape[-1]} channels, not {channels}; correct data.channels, or leave it out")
-    return pixels._replace(array=array)
+        mend = "set data.channel to one of them, correct data.channels, or leave it out"
+        raise Refused(f"has {array.shape[-1]} channels, not {channels}; {mend}")
+    return pixels._replace(array=array, spacing=spacing)
 
 
 def _scale(pixels: Pixels, intensity) -> np.ndarray:
@@ -218,51 +216,59 @@ def _scale(pixels: Pixels, intensity) -> np.ndarray:
     if name == "type" and pixels.top is None:
         kinds = "minmax, percentile:LO:HI or window:LO:HI"
         raise Refused(f"holds {pixels.array.dtype}, which has no range to divide by; set data.intensity to {kinds}")
+    if name == "header" and pixels.window is None:
+        raise Refused("its header recommends no window; set data.intensity to window:LO:HI")
+    if name == "percentile" and pixels.inverted:
+        bounds = [100 - bound for bound in reversed(bounds)]  # percentiles of brightness
     low, high = {
         "type": lambda: (0.0, pixels.top),
         "window": lambda: bounds,
+        "header": lambda: pixels.window,
         "minmax": lambda: (array.min(), array.max()),
         "percentile": lambda: np.percentile(array, bounds),
     }[name]()
     if not high > low:
         raise Refused(f"is constant, so {name} cannot scale it; remove it or set data.intensity to window:LO:HI")
-    return np.clip((array - np.float32(low)) * np.float32(2 / (np.float64(high) - low)) - 1, -1, 1)
+    scaled = np.clip((array - np.float32(low)) * np.float32(2 / (np.float64(high) - low)) - 1, -1, 1)
+    return -scaled if pixels.inverted else scaled
 
 
-def _fit(array: np.ndarray, size: tuple[int, ...], fit: str) -> np.ndarray:
-    factors = [old / new for old, new in zip(array.shape, size, strict=False)]
-    factor = {"pad": max, "crop": min, "stretch": lambda _: None}[fit](factors)
-    spans = [max(1, round(new * factor)) if factor else old for old, new in zip(array.shape, size, strict=False)]
-    return np.clip(resample(array, size, spans), -1, 1)  # the filter's rounding may step out
+# ---- geometry
 
 
-def resample(array: np.ndarray, size: Sequence[int], spans: Sequence[int] | None = None) -> np.ndarray:
-    """Resamples the leading axes to `size` by a triangle filter as wide as an output voxel, so without aliasing.
-
-    Linear where it enlarges. Same numbers as `jax.image.resize(..., 'linear', antialias=True)` of the array that was
-    first cropped, or padded with -1, about its centre to `spans` (default: its shape).
-    """
-    for axis, new in enumerate(size):
-        old = array.shape[axis]
-        span = spans[axis] if spans else old
-        skip, before = max(0, (old - span) // 2), max(0, (span - old) // 2)  # left of the picture: cropped, padded
-        if not old == span == new:
-            kept = np.moveaxis(array, axis, 0)[skip : skip + span]
-            weights = _triangle(span, new)[:, before : before + len(kept)]
-            flat = weights @ (kept.reshape(len(kept), -1) + 1) - 1  # padding is 0 here, so it need not be stored
-            array = np.moveaxis(flat.reshape(new, *kept.shape[1:]), 0, axis)
-    return np.ascontiguousarray(array, dtype=np.float32)
+def _fit(array, size, fit, own, wanted, eight_bit) -> Image:
+    """The whole of (*shape, C) as `size`; `own` and `wanted` are the spacings of the file and of the grid."""
+    shape = array.shape[:-1]
+    scale = _scale_of(own, wanted) if wanted else None
+    spans = geometry.spans_of(shape, size, fit, scale)
+    spacing = own and tuple(mm * span / new for mm, span, new in zip(own, spans, size, strict=True))
+    if shape == size == tuple(spans):
+        return Image(array, eight_bit, False, spacing)
+    fitted = np.clip(geometry.resample(array, size, spans), -1, 1)  # the filter's rounding may step out
+    return Image(fitted, eight_bit, True, spacing)
 
 
-def _triangle(old: int, new: int) -> scipy.sparse.csr_array:
-    """Weights (new, old) of the filter; rows sum to 1."""
-    width = max(old / new, 1.0)
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
-    where = np.floor(centres).astype(int)[:, None] + np.arange(-int(np.ceil(width)), int(np.ceil(width)) + 1)
-    weights = np.clip(1 - np.abs(where - centres[:, None]) / width, 0, None) * ((where >= 0) & (where < old))
-    weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    rows = np.repeat(np.arange(new), where.shape[1])
-    return scipy.sparse.csr_array((weights.ravel(), (rows, np.clip(where, 0, old - 1).ravel())), shape=(new, old))
+def _around(array, pixels: Pixels, centre, size, wanted) -> Image:
+    """The sub-volume of `size` about a centre: z, y, x and their unit."""
+    *place, unit = centre
+    upright, stored = (np.eye(4) if matrix is None else matrix for matrix in (pixels.affine, pixels.stored))
+    if unit == "mm" and pixels.affine is None:
+        raise Refused("does not say where it lies, so data.centres cannot be in mm; give them in voxels")
+    patient = np.array([*place[::-1], 1.0]) if unit == "mm" else stored @ [*place, 1.0]
+    index = (np.linalg.inv(upright) @ patient)[:3]
+    if not ((index > -1) & (index < array.shape[:3])).all():
+        raise Refused("a centre of data.centres lies outside the volume; correct it or its unit")
+    scale = _scale_of(pixels.spacing, wanted) if wanted else (1,) * 3
+    spans = [new * k for new, k in zip(size, scale, strict=True)]
+    cut = geometry.resample(array, size, spans, geometry.starts_at(index, size, spans))
+    spacing = pixels.spacing and tuple(mm * k for mm, k in zip(pixels.spacing, scale, strict=True))
+    return Image(np.clip(cut, -1, 1), False, False, spacing)
+
+
+def _scale_of(own: Sequence[float] | None, wanted: Sequence[float]) -> list[float]:
+    if own is None or not all(mm > 0 for mm in own):
+        raise Refused("does not say its spacing, which data.spacing needs; leave data.spacing out, or convert the file")
+    return [new / mm for new, mm in zip(wanted, own, strict=True)]
 
 
 # ---- how images are kept

@@ -1,12 +1,12 @@
 """Reads every raw image once, on all cores, into a cache folder whose name is a hash of all that made its content."""
 
-import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,175 +15,205 @@ import queue
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
 from tqdm import tqdm
 
 from data import files
+from data.shards import Report, Shard
 
 SERIAL_SECONDS = 5.0  # worker processes start only where more than this is left to do: each takes a second to start
+SHARD_BYTES = 1 << 25
+SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share
+FORGOTTEN_DAYS = 14  # after which a preparation that nobody resumed is deleted
 
 
 class Prepared(NamedTuple):
     folder: str  # of the data set, for builder.Stored
     ids: list[str]  # of its images, in its order
-    skipped: list[str]  # one line for each image that could not be made
+    counts: list[int]  # images of each task
+    skipped: list[str]  # one line for each task whose image could not be made
     resized: int  # how many had another shape than asked for
+    spacing: tuple[float, ...] | None  # mm between voxels, median over the images that say it
 
 
 def prepare(
     name: str,
-    tasks: Mapping[str, Any],
-    make: Callable[[Any], files.Image],
+    tasks: Sequence[tuple[str, Any]],
+    make: Callable[[Any], Iterable[files.Image]],
     *,
     shape: Sequence[int],
-    inputs: Any,
+    inputs: Iterable[Any],
     code: Sequence[ModuleType],
     eight_bit: bool = False,
+    several: int = 1,
     on_error: str = "raise",
     cache: str | os.PathLike | None = None,
     workers: int | None = None,
+    beam: str | None = None,
 ) -> Prepared:
-    """Makes the image of every task, or finds them made.
+    """Makes the images of every task, or finds them made. One that was killed goes on with the shards that are done.
 
     Args:
       name: begins the cache folder's name, for people.
-      tasks: id of an image -> what `make` is called with for it.
-      make: picklable and pure; returns an image of `shape`, or raises a ValueError of one line.
+      tasks: (id, what `make` is called with) of each.
+      make: picklable and pure; returns images of `shape`, or raises a ValueError of one line.
       inputs: JSON of all that `make`'s results depend on besides its code.
       code: the modules of that code; where they change, images are made afresh.
       eight_bit: store 8 bits if all images come from 8 bits (exact for intensity 'type'); else 16.
+      several: how many images a task makes, about.
       on_error: 'raise', or 'skip': leave out what cannot be made, and say so in the result.
       cache: folder; None is FACSIMILE_CACHE or else ~/.cache/facsimile.
       workers: processes; None is one for each core that this process may use.
+      beam: options of Apache Beam, which then does the work instead: '--runner=DirectRunner'. Its workers need the raw
+        files and the cache folder under the same paths.
     Raises:
       ValueError: the first image's error, or nothing could be made.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"data.on_error must be 'raise' or 'skip', not {on_error!r}")
-    cache = os.path.expanduser(os.fspath(cache or os.environ.get("FACSIMILE_CACHE") or "~/.cache/facsimile"))
+    cache = folder(cache)
     sources = [pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in code]
-    settings = json.dumps([list(tasks), inputs, list(shape), eight_bit, on_error, sources])
-    final = os.path.join(cache, f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:20]}")
+    key = hashlib.sha256(json.dumps([list(shape), eight_bit, sources]).encode())
+    for part in itertools.chain((task[0] for task in tasks), inputs):
+        key.update(json.dumps(part).encode())
+    stem = os.path.join(cache, f"{name}-{key.hexdigest()[:20]}")
+    final = f"{stem}-{on_error}"
     if not os.path.exists(final):
         try:
             os.makedirs(cache, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{cache}: cannot make the cache folder ({error.strerror}); set data.cache") from None
-        with _alone(final) as alone:
+        _forget_old(cache)
+        with _alone(stem) as alone:
             if not os.path.exists(final):  # another process may have made it while we waited
-                for left in pathlib.Path(cache).glob(f"{os.path.basename(final)}.partial*") if alone else ():
-                    shutil.rmtree(left)
-                _write(final, tasks, make, shape, ("uint8", "uint16") if eight_bit else ("uint16",), on_error, workers)
+                partial = f"{stem}.partial" + ("" if alone else f"-{os.uname().nodename}-{os.getpid()}")
+                os.makedirs(partial, exist_ok=True)
+                os.utime(partial)  # it is not forgotten
+                shards = functools.partial(
+                    _shards, partial, tasks, make, shape, several, on_error == "raise" and not beam
+                )
+                write = functools.partial(_write, final, shape, on_error, workers, beam)
+                if not (eight_bit and write(shards("uint8"), "uint8")):
+                    write(shards("uint16"), "uint16")
+                shutil.rmtree(partial)
     return Prepared(final, **json.loads(pathlib.Path(final, "prepared.json").read_text(encoding="utf-8")))
 
 
-def _write(final: str, tasks, make, shape, dtypes, on_error, workers) -> None:
-    """Writes aside, then renames: a kill leaves nothing that looks finished. Tries the dtypes until one holds all."""
+def folder(cache: str | os.PathLike | None) -> str:
+    """The cache folder."""
+    return os.path.expanduser(os.fspath(cache or os.environ.get("FACSIMILE_CACHE") or "~/.cache/facsimile"))
+
+
+def _shards(partial: str, tasks, make, shape, several: int, strict: bool, dtype: str) -> list[Shard]:
+    """The same tasks always make the same shards, so that they can be resumed."""
     from data import builder
 
-    partial = f"{final}.partial-{os.uname().nodename}-{os.getpid()}"
+    fit = SHARD_BYTES // (int(np.prod(shape)) * np.dtype(dtype).itemsize * several)
+    each = max(1, min(fit, max(8, -(-len(tasks) // SHARDS))))
+    count = -(-len(tasks) // each)
+    too_wide = f"{partial}/too_wide" if dtype == "uint8" else ""
+    where = [builder.path_of(f"{partial}/{dtype}", i, count) for i in range(count)]
+    return [
+        Shard(path, tasks[i * each : (i + 1) * each], make, dtype, strict, too_wide) for i, path in enumerate(where)
+    ]
+
+
+def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard], dtype: str) -> bool:
+    """Writes the shards that are missing and makes them a data set; False if `dtype` does not hold an image."""
+    from data import builder
+
+    where, too_wide = os.path.dirname(shards[0].path), shards[0].too_wide
+    if not os.path.exists(too_wide):
+        os.makedirs(where, exist_ok=True)
+        for shard in shards:
+            if on_error == "raise" and shard.done() and shard.report().skipped:
+                os.remove(shard.path)  # what was left out then is an error now, if it still is one
+        if not beam:
+            _make(shards, shape, dtype, workers)
+    if not os.path.exists(too_wide):
+        builder.finish(where, shards, shape=shape, dtype=dtype, beam=beam)
+    if os.path.exists(too_wide):
+        shutil.rmtree(where, ignore_errors=True)
+        return False
+    report = Report()
+    for shard in shards:
+        report.add(shard.report())
+    if report.skipped and (on_error == "raise" or not report.ids):
+        shutil.rmtree(where)
+        count = len(report.counts)
+        none = "" if report.ids else f"none of {count} images could be read; the first: "
+        raise ValueError(none + report.skipped[0])
+    content = {"ids": report.ids, "counts": report.counts, "skipped": report.skipped, "resized": report.resized}
+    content["spacing"] = None
+    if report.spacings:
+        values = np.repeat(list(report.spacings), list(report.spacings.values()), axis=0)
+        content["spacing"] = np.median(values, axis=0).tolist()
+    pathlib.Path(where, "prepared.json").write_text(json.dumps(content), encoding="utf-8")
+    for shard in shards:
+        os.remove(f"{shard.path}.json")
     try:
-        for dtype in dtypes:
-            report = _Report()
-            stream = _stream(tasks, _Attempt(make, dtype), on_error, workers, report)
-            folder = builder.write(partial, stream, length=len(tasks), shape=shape, dtype=dtype)
-            if not report.wider:
-                break
-            shutil.rmtree(partial)
-        if not report.ids:
-            raise ValueError(f"none of {len(tasks)} images could be read; the first: {report.skipped[0]}")
-        content = {"ids": report.ids, "skipped": report.skipped, "resized": report.resized}
-        pathlib.Path(folder, "prepared.json").write_text(json.dumps(content), encoding="utf-8")
-        try:
-            os.rename(folder, final)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise  # else another machine finished the same thing first
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.rename(where, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise  # else another machine finished the same thing first
+    return True
 
 
-@dataclasses.dataclass
-class _Report:
-    ids: list[str] = dataclasses.field(default_factory=list)
-    skipped: list[str] = dataclasses.field(default_factory=list)
-    resized: int = 0
-    wider: bool = False  # an image came that 8 bits do not hold, so the stream ended early
+# ---- on all cores of this machine
 
 
-class _Attempt(NamedTuple):
-    """task -> its image in the form that is stored, or its error's one line."""
-
-    make: Callable
-    dtype: str
-
-    def __call__(self, task: Any) -> files.Image | str:
-        try:
-            image = self.make(task)
-        except ValueError as error:
-            return str(error)
-        too_wide = self.dtype == "uint8" and not image.eight_bit
-        return image if too_wide else image._replace(array=files.encode(image.array, self.dtype))
-
-
-def _stream(tasks: Mapping[str, Any], attempt: _Attempt, on_error: str, workers, report: _Report) -> Generator:
-    """Yields (id, stored image), and fills in the report."""
-    for name, result in zip(tasks, _work(attempt, list(tasks.values()), workers), strict=True):
-        if isinstance(result, str):
-            if on_error == "raise":
-                raise ValueError(result)
-            report.skipped.append(result)
-        elif result.array.dtype != attempt.dtype:
-            report.wider = True
-            return
-        else:
-            report.ids.append(name)
-            report.resized += result.resized
-            yield name, result.array
-
-
-def _work(attempt: Callable, tasks: Sequence[Any], workers: int | None) -> Iterator[Any]:
-    """Yields attempt(task) for every task in order. Memory does not grow with their number."""
+def _make(shards: list[Shard], shape, dtype: str, workers: int | None) -> None:
     workers = workers or len(os.sched_getaffinity(0))
+    left = [shard for shard in shards if not shard.done()]
+    total, remaining = (sum(len(shard.tasks) for shard in some) for some in (shards, left))
     live = sys.stderr.isatty()
     pace = {"mininterval": 0.2 if live else 15, "dynamic_ncols": live, "delay": 2}  # short work shows no progress line
     quiet = bool(os.environ.get("FACSIMILE_QUIET"))
-    with tqdm(desc="reading", total=len(tasks), unit="image", disable=quiet, **pace) as progress:
-        done, begin = 0, None
-        for task in tasks:
-            yield attempt(task)
-            progress.update()
-            done += 1
-            begin = begin or time.monotonic()  # the first one pays for imports
-            spent = time.monotonic() - begin
-            if workers > 1 and spent > 0.5 and spent / done * (len(tasks) - done) > SERIAL_SECONDS:
+    with tqdm(desc="reading", total=total, initial=total - remaining, unit="file", disable=quiet, **pace) as progress:
+        begin, lock = [], threading.Lock()
+
+        def tick(name: str) -> None:
+            with lock:
+                if len(begin) < 2:
+                    begin.append(time.monotonic())  # the first task pays for imports
+                progress.update()
+
+        done = 0
+        while left:
+            shard = left.pop(0)
+            write(shard, shape, dtype, tick)
+            done += len(shard.tasks)
+            spent = time.monotonic() - begin[-1] if begin else 0.0
+            rest = spent / max(1, done - 1) * (remaining - done)
+            if workers > 1 and spent > 0.5 and rest > SERIAL_SECONDS:
                 break
-        for result in _parallel(attempt, tasks[done:], workers):
-            yield result
-            progress.update()
+        if left:
+            _parallel(left, shape, dtype, workers, tick)
 
 
-def _parallel(attempt: Callable, tasks: Sequence[Any], workers: int) -> Iterator[Any]:
-    if not tasks:
-        return
+def write(shard: Shard, shape: Sequence[int], dtype: str, tick: Callable[[str], None]) -> None:
+    from data import builder
+
+    builder.write_shard(shard.path, shard(tick), shape=shape, dtype=dtype)
+
+
+def _parallel(shards: list[Shard], shape, dtype: str, workers: int, tick: Callable[[str], None]) -> None:
     children = queue.SimpleQueue()
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
     with contextlib.ExitStack() as stack:
-        for _ in range(workers):
-            children.put(stack.enter_context(_child()))
-        pool = concurrent.futures.ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
-        pending = collections.deque()
-        for task in tasks:
-            pending.append(pool.submit(_ask, children, attempt, task))
-            if len(pending) >= 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        for _ in range(min(workers, len(shards))):
+            children.put(stack.enter_context(_child()))
+        work = [pool.submit(_ask, children, shard, shape, dtype, tick) for shard in shards]
+        for future in concurrent.futures.as_completed(work):
+            future.result()
 
 
 @contextlib.contextmanager
@@ -201,44 +231,70 @@ def _child() -> Iterator[subprocess.Popen]:
         yield child
     finally:
         child.kill()
+        child.wait()
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()
         child.stdout.close()
-        child.wait()
 
 
-def _ask(children: queue.SimpleQueue, attempt: Callable, task: Any) -> Any:
-    child = children.get()
+def _ask(children: queue.SimpleQueue, shard: Shard, shape, dtype: str, tick: Callable[[str], None]) -> None:
+    child, name = children.get(), shard.tasks[0][0]
     try:
-        child.stdin.write(pickle.dumps((attempt, task)))
+        child.stdin.write(pickle.dumps((shard, shape, dtype)))
         child.stdin.flush()
-        return pickle.load(child.stdout)
-    except (EOFError, BrokenPipeError):
-        lost = f"a worker process died (exit {child.wait()}) while reading images; out of memory? lower data.workers"
-        raise ValueError(lost) from None
+        while True:
+            name, error = pickle.load(child.stdout)
+            if error is not None:
+                raise ValueError(error)
+            if name is None:
+                return
+            tick(name)
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        died = f"{name}: the worker process that read it died (exit {child.wait()})"
+        mend = "remove it if it is damaged; if memory ran out, lower data.workers"
+        raise ValueError(f"{died}; {mend}") from None
     finally:
         children.put(child)
 
 
 def serve() -> None:
-    """A worker: answers each (attempt, task) on its input with attempt(task) on its output, until the input ends."""
+    """A worker: makes each shard on its input, and tells (task, None) as it goes, then (None, error or None)."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a decoder prints must not mix with the answers
+
+    def tell(name: str | None, error: str | None = None) -> None:
+        answers.write(pickle.dumps((name, error)))
+        answers.flush()
+
     with contextlib.suppress(EOFError):
         while True:
-            attempt, task = pickle.load(sys.stdin.buffer)
-            answers.write(pickle.dumps(attempt(task)))
-            answers.flush()
+            shard, shape, dtype = pickle.load(sys.stdin.buffer)
+            try:
+                write(shard, shape, dtype, tell)
+            except ValueError as error:
+                tell(None, str(error))
+            else:
+                tell(None)
+
+
+# ---- who may write
 
 
 @contextlib.contextmanager
-def _alone(final: str) -> Iterator[bool]:
+def _alone(stem: str) -> Iterator[bool]:
     """Holds a lock that dies with the process; False where the file system has none: at worst work is done twice."""
-    with open(f"{final}.lock", "w") as file:
+    with open(f"{stem}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
         except OSError as error:
-            logging.info("%s: no file locks here (%s)", final, error.strerror)
+            logging.info("%s: no file locks here (%s)", stem, error.strerror)
             alone = False
         yield alone
+
+
+def _forget_old(cache: str) -> None:
+    for left in pathlib.Path(cache).glob("*.partial*"):
+        with contextlib.suppress(OSError):  # another process may be deleting it, too
+            if time.time() - left.stat().st_mtime > FORGOTTEN_DAYS * 86400:
+                shutil.rmtree(left)

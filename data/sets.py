@@ -10,21 +10,28 @@ import numpy as np
 from absl import logging
 
 from data import cohort as brains
-from data import files, manifest, prepare, splits
+from data import containers, dicom, files, geometry, manifest, prepare, readers, splits
 
 
 class ImageSet(NamedTuple):
     images: Sequence[np.ndarray]  # images[i] is float32 (*size, C) in [-1, 1], read when asked for
-    ids: np.ndarray  # (n,) str, unique: relative path, or 'sub-0012_scan-1'
+    ids: np.ndarray  # (n,) str, unique: relative path, 'scan.nii.gz#z012', or 'sub-0012_scan-1'
     patients: np.ndarray  # (n,) str; '' for synthetic images
+    spacing: tuple[float, ...] | None = (
+        None  # mm between voxels along each axis of size, median over the whole data set
+    )
+    window: tuple[float, float] | None = None  # what -1 and 1 are in the files' units, where that is the same for all
 
 
 def load(
     *,
     path: str | os.PathLike | None = None,
     layout: str = "auto",
+    kind: str | None = None,
     patients: str = "required",
     patient_pattern: str | None = None,
+    centres: str | os.PathLike | None = None,
+    given_splits: bool = True,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
     limit: Mapping[str, int] | None = None,
@@ -37,13 +44,16 @@ def load(
     The first call reads the raw files into the cache; later calls, with other splits too, open what is there.
 
     Args:
-      path: folder, manifest or layout root; None is the embedded semi-synthetic cohort.
-      layout, patients, patient_pattern: see `manifest.read`.
+      path: folder, manifest, file or layout root, or 'tfds:NAME'; None is the embedded semi-synthetic cohort.
+      layout, kind, patients, patient_pattern: see `manifest.read`.
+      centres: CSV of the centres of sub-volumes, which are the images then; see `manifest.centres`.
+      given_splits: whether splits that the data brings win over `fractions`.
       fractions, seed: see `splits.assign`. The cohort has splits of its own.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
       cohort: arguments of `cohort.records`, and `height` of `cohort.subject`.
       size: (H, W) or (D, H, W).
-      **reading: channels, intensity, fit: see `files.read_image`; on_error, cache, workers: see `prepare.prepare`.
+      **reading: channels, channel, intensity, fit, spacing, slices: see `files.read_images`; on_error, cache, workers,
+        beam: see `prepare.prepare`.
     Returns:
       'train', 'select', 'val', 'control' -> ImageSet, in the manifest's order; no patient is in two of them.
     Raises:
@@ -56,28 +66,45 @@ def load(
         rows, read = _cohort(dict(cohort or {}), size=size, **reading)
         needed, mend = splits.NAMES, "correct data.cohort.subjects"
     else:
-        found = manifest.read(path, layout=layout, patient_pattern=patient_pattern, patients=patients)
+        found = manifest.read(
+            path,
+            layout=layout,
+            patient_pattern=patient_pattern,
+            patients=patients,
+            kind=kind,
+            volumes=bool(len(size) == 3 or centres or reading.get("slices")),
+            on_error=reading.get("on_error", "raise"),
+            cache=prepare.folder(reading.get("cache")),
+        )
+        if centres:
+            found, reading["centres"] = _with_centres(found, os.path.expanduser(os.fspath(centres)))
         for note in found.notes:
             logging.warning("%s", note)
         ids, of, said = zip(*((row.path, row.patient, row.split) for row in found.rows), strict=True)
-        rows = list(zip(ids, of, splits.assign(of, said, fractions=fractions, seed=seed), ids, strict=True))
+        split_of = splits.assign(of, said if given_splits else (), fractions=fractions, seed=seed)
+        rows = list(zip(ids, of, split_of, ids, strict=True))
         needed = [name for name, share in (fractions or splits.FRACTIONS).items() if share > 0]
         mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or the manifest's splits"
-        read = functools.partial(_read, found.root, ids, size=size, **reading)
+        read = functools.partial(_read, found, size=size, **reading)
     _refuse_empty(needed, {row[2] for row in rows}, mend)  # before the files are read, which may take hours
-    done = read()
-    place = {name: i for i, name in enumerate(done.ids)}
-    rows = [row for row in rows if row[3] in place]  # what could not be read is left out
-    _refuse_empty(needed, {row[2] for row in rows}, mend)
+    done, names, window = read()
+    ends = dict(zip(names, np.cumsum(done.counts).tolist(), strict=True))
+    counts = dict(zip(names, done.counts, strict=True))
+    images = [  # of the rows; of what could not be read there are none
+        (row[0] + done.ids[place][len(row[3]) :], row[1], row[2], place)
+        for row in rows
+        for place in range(ends[row[3]] - counts[row[3]], ends[row[3]])
+    ]
+    _refuse_empty(needed, {image[2] for image in images}, mend)
     sets = {}
     for split in splits.NAMES:
-        chosen = [row for row in rows if row[2] == split]
+        chosen = [image for image in images if image[2] == split]
         if limit and limit.get(split) is not None:
-            chosen = [chosen[i] for i in splits.first([row[1] for row in chosen], limit[split], seed=seed)]
-        places = np.array([place[row[3]] for row in chosen], np.int64)
-        names, patients_of = (np.array([row[k] for row in chosen], dtype=str) for k in (0, 1))
-        sets[split] = ImageSet(_stored(done, places), names, patients_of)
-        logging.info("%s: %d images of %d patients", split, len(chosen), len({row[1] for row in chosen}))
+            chosen = [chosen[i] for i in splits.first([image[1] for image in chosen], limit[split], seed=seed)]
+        places = np.array([image[3] for image in chosen], np.int64)
+        ids, patients_of = (np.array([image[k] for image in chosen], dtype=str) for k in (0, 1))
+        sets[split] = ImageSet(_stored(done, places), ids, patients_of, done.spacing and tuple(done.spacing), window)
+        logging.info("%s: %d images of %d patients", split, len(chosen), len({image[1] for image in chosen}))
     return sets
 
 
@@ -88,42 +115,86 @@ def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> Imag
         raise FileNotFoundError(
             f"{path}: there is no such folder of synthetic images; correct the path, or sample first"
         )
-    ids = [row.path for row in manifest.folder(path).rows]
-    if not ids:
-        raise ValueError(f"{path}: no images in it; readable are {', '.join(files.READERS)}")
-    done = _read(path, ids, size=size, **reading)
+    found = manifest.folder(path)
+    if not found.rows:
+        raise ValueError(f"{path}: no images in it; readable are {', '.join(readers.READERS)}")
+    done, _, window = _read(found, size=size, **reading)
     if done.resized:
         lost = f"{done.resized} of {len(done.ids)} images had another shape than {tuple(size)} and were resampled"
         logging.warning("%s: %s", path, lost)
-    return ImageSet(_stored(done, np.arange(len(done.ids))), np.array(done.ids), np.full(len(done.ids), ""))
+    spacing = done.spacing and tuple(done.spacing)
+    everything, no_patients = np.arange(len(done.ids)), np.full(len(done.ids), "")
+    return ImageSet(_stored(done, everything), np.array(done.ids), no_patients, spacing, window)
 
 
-def _read(root, paths, *, size, channels=1, intensity="type", fit="pad", **preparing) -> prepare.Prepared:
-    """The files' images, prepared; ids are their paths."""
+def _read(
+    found: manifest.Manifest,
+    *,
+    size: Sequence[int],
+    channels: int = 1,
+    channel: int | None = None,
+    intensity="type",
+    fit: str = "pad",
+    spacing: Sequence[float] | None = None,
+    slices: str | None = None,
+    centres: Mapping[str, list] | None = None,
+    **preparing,
+) -> tuple[prepare.Prepared, list[str], tuple[float, float] | None]:
+    """The rows' images, prepared; the rows' ids, in the order of `counts`; and the window of intensities."""
     if len(size) not in (2, 3) or min(size) < 1 or channels < 1:
         raise ValueError(
             f"data.size must be (H, W) or (D, H, W), and data.channels 1 or more, not {size} and {channels}"
         )
-    if fit not in files.FITS:
-        raise ValueError(f"data.fit must be one of {', '.join(files.FITS)}, not {fit!r}")
+    if fit not in geometry.FITS:
+        raise ValueError(f"data.fit must be one of {', '.join(geometry.FITS)}, not {fit!r}")
+    if spacing and (len(spacing) != len(size) or not all(0 < mm < float("inf") for mm in spacing) or fit == "stretch"):
+        raise ValueError(f"data.spacing must be mm for each axis of data.size, without fit 'stretch', not {spacing}")
+    if slices and (files.parse_slices(slices) and (len(size) == 3 or centres)):
+        raise ValueError("data.slices makes 2D images of volumes: data.size must be (H, W), and data.centres None")
+    if centres and len(size) == 2:
+        raise ValueError("data.centres makes sub-volumes: data.size must be (D, H, W)")
     intensity = files.parse_intensity(intensity)
     settings = {"size": tuple(size), "channels": channels, "intensity": intensity, "fit": fit}
-    full = {path: os.path.join(root, path) for path in paths}
-    stats = [(s.st_size, s.st_mtime_ns) if (s := _stat(path)) else None for path in full.values()]
+    more = {"channel": channel, "spacing": spacing and tuple(spacing), "slices": slices}
+    settings |= {name: value for name, value in more.items() if value is not None}
+    root, names = found.root, [row.path for row in found.rows]
+    stamp = functools.lru_cache(maxsize=1)(lambda path: (s.st_size, s.st_mtime_ns) if (s := _stat(path)) else None)
+
+    def inputs():
+        yield from (os.path.realpath(root), settings)
+        for row in found.rows:
+            parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
+            yield [parts, row.item, (centres or {}).get(row.path)]
+
+    def source(row) -> files.Source:
+        parts = tuple(os.path.join(root, part) for part in row.parts)
+        return files.Source(os.path.join(root, row.path), parts, row.item, tuple((centres or {}).get(row.path, ())))
+
     done = prepare.prepare(
         re.sub(r"[^A-Za-z0-9-]", "_", os.path.basename(os.path.realpath(root)))[:40],
-        full,
-        functools.partial(files.read_image, **settings),
+        [(row.path, source(row)) for row in found.rows],
+        functools.partial(files.read_images, **settings),
         shape=(*size, channels),
-        inputs=[os.path.realpath(root), settings, stats],
-        code=[files],
+        inputs=inputs(),
+        code=[files, readers, dicom, geometry, containers],
         eight_bit=intensity == ("type",),
+        several=64 if slices else 8 if centres else 1,
         **preparing,
     )
     if done.skipped:
-        count = f"{len(done.skipped)} of {len(paths)} images could not be read and are left out"
+        count = f"{len(done.skipped)} of {len(names)} images could not be read and are left out"
         logging.warning("%s: %s; the first: %s", root, count, done.skipped[0])
-    return done
+    return done, names, intensity[1:] if intensity[0] == "window" else None
+
+
+def _with_centres(found: manifest.Manifest, path: str) -> tuple[manifest.Manifest, dict]:
+    """The rows that have centres; those that have none are counted."""
+    centres = manifest.centres(path)
+    rows = [row for row in found.rows if row.path in centres]
+    if absent := sorted(set(centres) - {row.path for row in rows}):
+        raise ValueError(f"{path}: {absent[0]} is none of the volumes of {found.root}; correct the path")
+    note = [f"{path}: {len(found.rows) - len(rows)} volumes have no centre and are left out"]
+    return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows))), centres
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -133,25 +204,27 @@ def _stat(path: str) -> os.stat_result | None:
         return None  # reading it will say why
 
 
-def _cohort(cohort: dict, *, size, channels=1, intensity=None, fit=None, **preparing):
+def _cohort(cohort: dict, *, size, channels=1, **preparing):
     """Rows (id, patient, split, id of the drawing) of the embedded cohort, and what prepares its drawings.
 
-    Each (number, scan) is drawn once: planted copies cost nothing more. Intensity and fit are for files only.
+    Each (number, scan) is drawn once: planted copies cost nothing more. What is about files only is ignored.
     """
     if channels != 1:
         raise ValueError(f"the embedded cohort has one channel, not {channels}; correct data.channels or set data.path")
+    for name in ("channel", "intensity", "fit", "spacing", "slices"):
+        preparing.pop(name, None)
     drawing = {"size": tuple(size), "seed": cohort.get("seed", 0)}
     drawing |= {"height": cohort.pop("height")} if "height" in cohort else {}
     records = brains.records(**{"subjects": {"train": 64, "select": 16, "val": 160, "control": 120}, **cohort})
     rows = [(r.id, r.patient, r.split, f"{r.number}-{r.scan}") for r in records]
     tasks = {row[3]: (r.number, r.scan) for row, r in zip(rows, records, strict=True)}
     draw = functools.partial(_draw, **drawing)
-    settings = {"shape": (*size, 1), "inputs": drawing, "code": [files, brains], **preparing}
-    return rows, functools.partial(prepare.prepare, "cohort", tasks, draw, **settings)
+    settings = {"shape": (*size, 1), "inputs": [drawing], "code": [files, brains], **preparing}
+    return rows, lambda: (prepare.prepare("cohort", list(tasks.items()), draw, **settings), list(tasks), None)
 
 
-def _draw(who: tuple[int, int], **drawing) -> files.Image:
-    return files.Image(brains.subject(who[0], scan=who[1], **drawing), eight_bit=False, resized=False)
+def _draw(who: tuple[int, int], **drawing) -> list[files.Image]:
+    return [files.Image(brains.subject(who[0], scan=who[1], **drawing), eight_bit=False, resized=False)]
 
 
 def _stored(done: prepare.Prepared, places: np.ndarray) -> Sequence[np.ndarray]:

@@ -151,7 +151,7 @@ def test_folder_with_a_pattern(tmp_path):
         (dict(patient_pattern="(q)"), "2 of 2 images have no patient id"),
         (dict(patient_pattern="a(b)?"), "2 of 2 images have no patient id"),
         (dict(patient_pattern="(p"), "not a regular expression"),
-        (dict(layout="dicom"), "data.layout 'dicom'"),
+        (dict(layout="dicoms"), "data.layout 'dicoms'"),
         (dict(layout="nih"), "one Data_Entry"),
         (dict(patients="any"), "data.patients"),
     ],

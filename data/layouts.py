@@ -1,0 +1,269 @@
+"""How public collections and hospitals lay images out: each layout ends in rows of `listing`.
+
+A layout is called with the path and an `Ask`. Where a collection says no patients, a note says what stands for one.
+"""
+
+import concurrent.futures
+import os
+import re
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from data import dicom, readers
+from data.listing import Ask, Manifest, Row, choose, image_files, join, records, remember
+
+NIFTI = r"\.nii(?:\.gz)?"
+DECATHLON = r"BRATS|la|liver|hippocampus|prostate|lung|pancreas|hepaticvessel|spleen|colon"
+
+
+def folder(path: str, ask: Ask) -> Manifest:
+    """Every image file below a folder, in the order of their names."""
+    return Manifest(path, [Row(name, item=_array(name, ask)) for name in image_files(path, ask)])
+
+
+def table(path: str, ask: Ask) -> Manifest:
+    """A CSV file, or a folder with manifest.csv: path, patient_id and, if wanted, study, slice, split, label.
+
+    Paths are relative to the CSV's folder. Other columns are ignored.
+    """
+    path = os.path.join(path, "manifest.csv") if os.path.isdir(path) else path
+    columns = {"patient_id": "patient", **{field: field for field in Row._fields[:6]}}
+    rows = []
+    for line, record in records(path, ask, "path"):
+        row = Row(**{columns[k]: v.strip() for k, v in record.items() if k in columns})
+        if row.path:
+            rows.append(row._replace(path=os.path.normpath(row.path), item=_array(row.path, ask)))
+        else:
+            ask.refuse(f"{path}: line {line} has no path; fill it or remove the line")
+    return Manifest(os.path.dirname(path) or ".", rows)
+
+
+def _array(name: str, ask: Ask) -> str:
+    """Of a file with several arrays, data.kind is the one."""
+    return (ask.kind or "") if readers.suffix(name) in (".npz", ".h5", ".hdf5") else ""
+
+
+# ---- radiographs
+
+
+def nih(path: str, ask: Ask) -> Manifest:
+    """NIH ChestX-ray14, whole or in part: Data_Entry*.csv with 'Image Index' and 'Patient ID'; files below images*/."""
+    tables = [name for name in os.listdir(path) if re.fullmatch(r"Data_Entry.*\.csv", name)]
+    if len(tables) != 1:
+        raise ValueError(f"{path}: the NIH layout has one Data_Entry*.csv, this has {len(tables)}; correct data.path")
+    entries = os.path.join(path, tables[0])
+    folders = [f for f in sorted(os.listdir(path)) if f.startswith("images") and os.path.isdir(os.path.join(path, f))]
+    found = {os.path.basename(p): f"{f}/{p}" for f in folders for p in image_files(os.path.join(path, f), ask)}
+
+    def listed():
+        for line, record in records(entries, ask, "Image Index", "Patient ID"):
+            name, patient = record["Image Index"], record["Patient ID"]
+            if name and patient:
+                yield name, Row("", patient, record.get("Follow-up #", ""), label=record.get("Finding Labels", ""))
+            else:
+                ask.refuse(f"{entries}: line {line} lacks its Image Index or Patient ID; fill it or remove the line")
+
+    return join(path, found, listed(), entries)
+
+
+def chexpert(path: str, ask: Ask) -> Manifest:
+    """CheXpert: train.csv and valid.csv with 'Path' and 'Frontal/Lateral'; files train/patient00001/study1/view1_frontal.jpg.
+
+    Kinds: Frontal, Lateral.
+    """
+    manifests, kinds = [], {}
+    for part, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        entries = os.path.join(path, f"{part}.csv")
+        if not os.path.isfile(entries) or not os.path.isdir(os.path.join(path, part)):
+            continue
+        found = {f"{part}/{name}": f"{part}/{name}" for name in image_files(os.path.join(path, part), ask)}
+
+        def listed(entries=entries, part=part, split=split):
+            for _, record in records(entries, ask, "Path", "Frontal/Lateral"):
+                match = re.search(rf"{part}/(patient\d+)/(study\d+)/[^/]+$", record["Path"])
+                if match:
+                    kinds[match[0]] = record["Frontal/Lateral"]
+                    yield match[0], Row("", match[1], match[2], split=split)
+                else:
+                    ask.refuse(f"{entries}: a Path is not {part}/patientN/studyN/FILE; correct it")
+
+        manifests.append(join(path, found, listed(), entries))
+    rows = choose(path, [(kinds[row.path], row) for m in manifests for row in m.rows], ask)
+    return Manifest(path, rows, [note for m in manifests for note in m.notes])
+
+
+def mimic(path: str, ask: Ask) -> Manifest:
+    """MIMIC-CXR(-JPG): files/p10/p10000032/s50414267/ID.jpg or .dcm; mimic-cxr-2.0.0-{split,metadata}.csv(.gz) if there.
+
+    Kinds, where the metadata is there: its ViewPosition (PA, AP, LATERAL, LL, ...), or 'unknown'.
+    """
+    splits = {r["dicom_id"]: r["split"] for r in _mimic_table(path, ask, "split", "dicom_id", "split")}
+    views = {r["dicom_id"]: r["ViewPosition"] for r in _mimic_table(path, ask, "metadata", "dicom_id", "ViewPosition")}
+    found = []
+    for name in image_files(os.path.join(path, "files"), ask):
+        match = re.fullmatch(r"(?:p\d+/)?p(\d+)/s(\d+)/([^/]+)\.\w+", name)
+        if match:
+            split = {"validate": "val"}.get(said := splits.get(match[3], ""), said)
+            row = Row(f"files/{name}", match[1], match[2], split=split)
+            found.append((views.get(match[3]) or "unknown" if views else "", row))
+        else:
+            ask.refuse(f"{path}: files/{name} is not at pNN/pPATIENT/sSTUDY/; move it there or away")
+    return Manifest(path, choose(path, found, ask))
+
+
+def _mimic_table(path: str, ask: Ask, name: str, *columns: str) -> list[dict[str, str]]:
+    tables = [t for t in sorted(os.listdir(path)) if re.fullmatch(rf"mimic-cxr-[\d.]+-{name}\.csv(\.gz)?", t)]
+    return [record for t in tables[:1] for _, record in records(os.path.join(path, t), ask, *columns)]
+
+
+# ---- volumes
+
+
+def mrnet(path: str, ask: Ask) -> Manifest:
+    """MRNet: train/sagittal/0000.npy and valid/..., one exam a file. Kinds: axial, coronal, sagittal."""
+    found = []
+    for part in ("train", "valid"):
+        inside = image_files(os.path.join(path, part), ask) if os.path.isdir(os.path.join(path, part)) else []
+        for name in inside:
+            if match := re.fullmatch(r"(axial|coronal|sagittal)/(\d+)\.npy", name):
+                row = Row(f"{part}/{name}", match[2], split={"valid": "val"}.get(part, part))
+                found.append((match[1], row))
+    notes = [f"{path}: MRNet says no patients; each exam counts as one"]
+    return Manifest(path, choose(path, found, ask), notes)
+
+
+def ixi(path: str, ask: Ask) -> Manifest:
+    """IXI: IXI002-Guys-0828-T1.nii.gz, in folders or not. Kinds: T1, T2, PD, MRA, DTI."""
+    pattern = rf"(?:.*/)?(IXI\d+)-(\w+)-(\d+)-([A-Za-z0-9]+)(?:-\d+)?{NIFTI}"
+    return Manifest(path, choose(path, [(m[4], Row(m[0], m[1], m[3])) for m in _named(path, pattern, ask)], ask))
+
+
+def brats(path: str, ask: Ask) -> Manifest:
+    """BraTS of any year: CASE/CASE_t1.nii.gz or CASE/CASE-t1n.nii.gz beside its other sequences.
+
+    Kinds: the sequences (t1, t1ce, t2, flair; from 2023 t1n, t1c, t2w, t2f); several, parted by commas, become channels.
+    """
+    pattern = rf"^(?:.*/)?((BraTS.*?)(?:-(\d\d\d))?)[_-](t1ce|t1n|t1c|t1|t2w|t2f|t2|flair){NIFTI}$"
+    cases, sequences = {}, set()
+    for name in image_files(path, ask):
+        if match := re.match(pattern, name, re.IGNORECASE):
+            case = cases.setdefault(match[1], (match[2], match[3] or "", {}))
+            case[2][match[4].lower()] = name
+            sequences.add(match[4].lower())
+    wanted = (ask.kind or ",".join(sequences if len(sequences) == 1 else "")).split(",")
+    if not set(wanted) <= sequences:
+        kinds = ", ".join(sorted(sequences)) or "none"
+        raise ValueError(f"{path}: holds the sequences {kinds}; set data.kind to one, or to several parted by commas")
+    rows = []
+    for case, (patient, study, files) in sorted(cases.items()):
+        if missing := [kind for kind in wanted if kind not in files]:
+            ask.refuse(f"{path}: case {case} has no {missing[0]}; restore it or remove the case")
+        elif len(wanted) == 1:
+            rows.append(Row(files[wanted[0]], patient, study))
+        else:
+            rows.append(Row(case, patient, study, parts=tuple(files[kind] for kind in wanted)))
+    return Manifest(path, rows)
+
+
+def decathlon(path: str, ask: Ask) -> Manifest:
+    """Medical Segmentation Decathlon: imagesTr/hippocampus_001.nii.gz, imagesTs/..., or those files alone in a folder."""
+    whole = any(os.path.isdir(os.path.join(path, f)) for f in ("imagesTr", "imagesTs"))
+    pattern = rf"({'images(?:Tr|Ts)/' if whole else ''})((?:{DECATHLON})_\d+){NIFTI}"
+    return Manifest(path, [Row(m[0], m[2]) for m in _named(path, pattern, ask)])
+
+
+def bids(path: str, ask: Ask) -> Manifest:
+    """BIDS: sub-01[/ses-01]/anat/sub-01[_ses-01]_T1w.nii.gz; derivatives are not looked at. Kinds: the suffixes (T1w, ...)."""
+    pattern = rf"(sub-[A-Za-z0-9]+)/(?:.*/)?\1(?:_(ses-[A-Za-z0-9]+))?_(?:.*_)?([A-Za-z0-9]+){NIFTI}"
+    return Manifest(path, choose(path, [(m[3], Row(m[0], m[1], m[2] or "")) for m in _named(path, pattern, ask)], ask))
+
+
+def _named(path: str, pattern: str, ask: Ask) -> list[re.Match]:
+    """The image files whose whole relative path matches; others, as masks, are no part of the layout."""
+    return [match for name in image_files(path, ask) if (match := re.fullmatch(pattern, name))]
+
+
+def fastmri(path: str, ask: Ask) -> Manifest:
+    """fastMRI: multicoil_train/file1000001.h5 and the like; patient_id from the file. Kinds: its acquisition (AXT2, ...)."""
+    names = [name for name in image_files(path, ask) if readers.suffix(name) in (".h5", ".hdf5")]
+    found, empty = [], 0
+    for name, said in zip(names, headers(path, names, ask), strict=True):
+        if said and not said[2]:
+            empty += 1
+        elif said:
+            match = re.search(r"(?:^|/)\w+_(train|val|test)(?:_\w+)?/", name)
+            found.append((said[1], Row(name, said[0], os.path.basename(name), split=match[1] if match else "")))
+    notes = [f"{path}: {empty} files hold no reconstructed image (test sets) and are left out"] if empty else []
+    return Manifest(path, choose(path, found, ask), notes)
+
+
+def dicoms(path: str, ask: Ask) -> Manifest:
+    """DICOM files in any tree and under any name, as TCIA and hospital archives give them out; patients from PatientID.
+
+    For volumes, the files of a SeriesInstanceUID are one image; else each file is. data.kind is a regular expression
+    searched in 'MODALITY SeriesDescription'.
+    """
+    names = image_files(path, ask, wanted=lambda p: readers.suffix(p) == ".dcm" or dicom.is_dicom(p))
+    said = [dicom.Header(*h) if h else None for h in headers(path, names, ask)]
+    try:
+        fits = re.compile(ask.kind or "").search
+    except re.error as error:
+        raise ValueError(f"data.kind {ask.kind!r} is not a regular expression: {error}") from None
+    chosen = [(name, h) for name, h in zip(names, said, strict=True) if h and h.image and fits(h.kind)]
+    if not ask.volumes:
+        place = lambda h: "" if h.place is None else f"{h.place:g}"
+        return Manifest(path, [Row(name, h.patient, h.study, place(h)) for name, h in chosen])
+    series = {}
+    for name, h in chosen:
+        series.setdefault((h.patient, h.study, h.series, h.group), []).append((h.place or 0.0, name))
+    rows, taken = [], {}
+    for (patient, study, uid, _), files in series.items():
+        parts = tuple(name for _, name in sorted(files))
+        where = os.path.commonpath([os.path.dirname(name) for name in parts]) or "."
+        taken.setdefault(where, []).append(Row(f"{where}#{uid}", patient, study, parts=parts))
+    for where, inside in taken.items():
+        for number, row in enumerate(inside):
+            again = sum(row.path == other.path for other in inside[:number])
+            name = where if len(inside) == 1 and where != "." else row.path + (f".{again}" if again else "")
+            rows.append(row._replace(path=name))
+    return Manifest(path, sorted(rows))
+
+
+# ---- headers: what only opening a file tells
+
+
+def headers(root: str, names: Sequence[str], ask: Ask) -> list[list | None]:
+    """What each file's header says, read once and kept in the cache; None where it was refused.
+
+    Of DICOM the fields of `dicom.Header`; of HDF5 [patient_id, acquisition, whether it holds an image].
+    """
+    full = [os.path.join(root, name) for name in names]
+    state = [2, names, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.lstat, full)]]
+
+    def make():
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            quiet = bool(os.environ.get("FACSIMILE_QUIET"))
+            found = pool.map(_header, full)
+            return list(tqdm(found, "reading headers", len(full), unit="file", delay=2, disable=quiet))
+
+    found = remember(ask, root, state, make)
+    for said in found:
+        if isinstance(said, str):
+            ask.refuse(said)
+    return [None if isinstance(said, str) else said for said in found]
+
+
+def _header(path: str) -> list | str:
+    """The header, or the one line that refuses it."""
+    try:
+        if readers.suffix(path) in (".h5", ".hdf5"):
+            import h5py
+
+            with h5py.File(path, "r") as file:
+                text = lambda name: str(file.attrs.get(name, ""))
+                return [text("patient_id"), text("acquisition"), any(key in file for key in readers.KEYS)]
+        return list(dicom.header(path))
+    except Exception as error:  # as for pixels: anything may be raised at a damaged file
+        why = f"its header cannot be read ({type(error).__name__}): damaged or of another kind"
+        return f"{path}: {why}; restore or remove it, or set data.on_error='skip'"

@@ -1,0 +1,149 @@
+"""What every layout is made of: rows, the files below a folder, the lines of a table, and what is left out and said."""
+
+import contextlib
+import csv
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from data.readers import READERS, suffix
+
+
+class Row(NamedTuple):
+    """One file of a manifest, or the files of one image. `path` is also the image's id, so it is unique."""
+
+    path: str  # relative to the manifest's root
+    patient: str = ""
+    study: str = ""
+    slice: str = ""
+    split: str = ""  # one of splits.NAMES or 'test', or '' where it is left to the hash
+    label: str = ""
+    parts: tuple[str, ...] = ()  # where `path` is no file: the files of a series, or of one channel each
+    item: str = ""  # which array, row or record of the file
+
+
+class Manifest(NamedTuple):
+    root: str  # folder that the rows' paths are relative to
+    rows: list[Row]
+    notes: list[str] = []  # noqa: RUF012  one line each: what the user should know of
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What the user asked for, as layouts need it."""
+
+    kind: str | None = None  # which images, of a collection with several kinds
+    volumes: bool = False  # DICOM series are wanted, not their slices
+    skip: bool = False  # what cannot be used is left out and counted, not an error
+    cache: str | None = None  # folder for what was read of headers
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    def refuse(self, problem: str) -> None:
+        """Raises ValueError of this one line, or counts it."""
+        if not self.skip:
+            raise ValueError(problem)
+        self.left_out.append(problem)
+
+
+def image_files(root: str, ask: Ask, wanted: Callable[[str], bool] | None = None) -> list[str]:
+    """Relative paths, sorted, '/' between folders, of files with an image's suffix, or `wanted(path)`; no hidden ones."""
+    if not os.path.isdir(root):
+        raise ValueError(f"{root}: is not a folder; correct data.path or data.layout")
+    mend = "mend its permissions or move it away"
+    refuse = lambda error: ask.refuse(f"{error.filename}: cannot be listed ({error.strerror}); {mend}")
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(folder, root)
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.startswith(".") or not (wanted(path) if wanted else suffix(name) in READERS):
+                continue
+            name = os.path.normpath(os.path.join(inside, name)).replace(os.sep, "/")
+            if not name.isascii() and name.encode(errors="replace").decode() != name:
+                ask.refuse(f"{root}: the name {name!a} is not UTF-8; rename it")
+            else:
+                found.append(name)
+    return sorted(found)
+
+
+def records(path: str, ask: Ask, *needed: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields (line number, record) of a CSV, .csv.gz or TSV whose header has the needed columns."""
+    opened = gzip.open if path.endswith(".gz") else open
+    try:
+        with opened(path, "rt", newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, strict=True, delimiter="\t" if path.endswith(".tsv") else ",")
+            header = reader.fieldnames or []
+            if missing := [name for name in needed if name not in header]:
+                has = ", ".join(header) or "nothing"
+                raise ValueError(f"{path}: no column {missing[0]!r}, its header has {has}; add or rename it")
+            for record in reader:
+                if None in record or None in record.values():
+                    ask.refuse(f"{path}: line {reader.line_num} has not the header's {len(header)} fields; mend it")
+                else:
+                    yield reader.line_num, record
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num} is not CSV ({error}); mend it") from None
+    except (OSError, EOFError) as error:
+        why = getattr(error, "strerror", None) or "damaged"
+        raise ValueError(f"{path}: cannot be read ({why}); mend its permissions or restore it") from None
+
+
+def join(root: str, found: dict[str, str], listed: Iterator[tuple[str, Row]], table: str) -> Manifest:
+    """Rows of what a table lists and a folder holds. `found`: name in the table -> path; `listed`: (name, row)."""
+    rows, absent, named = [], 0, set()
+    for name, row in listed:
+        if name in found:
+            rows.append(row._replace(path=found[name]))
+            named.add(name)
+        else:
+            absent += 1
+    notes = [f"{table}: {absent} of the images listed are not there and are left out"] if absent else []
+    if extra := len(found) - len(named):
+        notes.append(f"{root}: {extra} images are not listed in {os.path.basename(table)} and are left out")
+    return Manifest(root, sorted(rows), notes)
+
+
+def choose(root: str, found: list[tuple[str, Row]], ask: Ask) -> list[Row]:
+    """The rows of the kinds that data.kind says, parted by commas, or 'all'; refuses to mix kinds unasked."""
+    kinds = sorted({kind for kind, _ in found})
+    wanted = kinds if ask.kind == "all" else (ask.kind or "").split(",")
+    if not ask.kind and len(kinds) < 2:
+        return [row for _, row in found]
+    if unknown := [kind for kind in wanted if kind not in kinds]:
+        said = f"no images of kind {unknown[0]!r}" if ask.kind else "several kinds of images"
+        raise ValueError(f"{root}: {said} here; set data.kind to one of {', '.join(kinds) or 'none'}, or 'all'")
+    return [row for kind, row in found if kind in wanted]
+
+
+def remember(ask: Ask, root: str, state: Any, make: Callable[[], Any]) -> Any:
+    """make(), as JSON, from the cache if `root` is in the same `state` (JSON) as when it was put there."""
+    if ask.cache is None:
+        return make()
+    name = lambda *content: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    stem = f"headers-{name(os.path.realpath(root))}"
+    path = pathlib.Path(ask.cache, f"{stem}-{name(state)}.json")
+    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = make()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time and no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
+        aside.write_text(json.dumps(result), encoding="utf-8")
+        os.replace(aside, path)
+        for old in path.parent.glob(f"{stem}-*.json"):
+            if old != path:
+                old.unlink()
+    return result

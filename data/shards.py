@@ -1,0 +1,93 @@
+"""The unit of preparation: a few tasks -> one file of images and a report beside it, in whatever process."""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from data import files
+
+
+@dataclasses.dataclass
+class Report:
+    """What came of tasks."""
+
+    ids: list[str] = dataclasses.field(default_factory=list)  # of the images, in order
+    counts: list[int] = dataclasses.field(default_factory=list)  # images of each task
+    skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each task that failed
+    resized: int = 0  # images that had another shape
+    spacings: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # mm -> images
+
+    def add(self, other: "Report") -> None:
+        self.ids += other.ids
+        self.counts += other.counts
+        self.skipped += other.skipped
+        self.resized += other.resized
+        self.spacings.update(other.spacings)
+
+    def dumps(self) -> str:
+        spacings = [[list(mm), n] for mm, n in self.spacings.items()]
+        return json.dumps({**dataclasses.asdict(self), "spacings": spacings})
+
+    @classmethod
+    def loads(cls, text: str) -> "Report":
+        content = json.loads(text)
+        return cls(**{**content, "spacings": collections.Counter({tuple(mm): n for mm, n in content["spacings"]})})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Examples for the builder: called, it makes its images, or repeats how many there are if they are written."""
+
+    path: str  # file of records; there only when the shard is done
+    tasks: Sequence[tuple[str, Any]]  # (id, what `make` is called with)
+    make: Callable[[Any], Iterable[files.Image]]
+    dtype: str
+    strict: bool  # the first task that fails ends it all
+    too_wide: str  # a file; there once an image was met that `dtype` does not hold, so that all is in vain
+
+    def done(self) -> bool:
+        return os.path.exists(self.path)
+
+    def report(self) -> Report:
+        with open(f"{self.path}.json", encoding="utf-8") as file:
+            return Report.loads(file.read())
+
+    def __call__(self, tick: Callable[[str], None] = lambda name: None) -> Iterator[tuple[str, Any]]:
+        """Yields (id, example), and calls `tick` with each task's id before its images are made.
+
+        Raises:
+          ValueError: a task's one line, if `strict`.
+        """
+        if self.done():
+            yield from ((name, None) for name in self.report().ids)
+            return
+        report = Report()
+        for name, task in self.tasks:
+            if os.path.exists(self.too_wide):
+                break
+            tick(name)
+            count = 0
+            try:
+                for image in self.make(task):
+                    if self.dtype == "uint8" and not image.eight_bit:
+                        open(self.too_wide, "w").close()
+                        break
+                    key = name + image.part
+                    yield key, {"id": key, "image": files.encode(image.array, self.dtype)}
+                    count += 1
+                    report.ids.append(key)
+                    report.resized += image.resized
+                    if image.spacing:
+                        report.spacings[tuple(float(f"{mm:.5g}") for mm in image.spacing)] += 1
+            except ValueError as error:
+                if self.strict:
+                    raise
+                report.skipped.append(str(error))
+            report.counts.append(count)
+        aside = f"{self.path}.json.{os.uname().nodename}-{os.getpid()}"
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(report.dumps())
+        os.replace(aside, f"{self.path}.json")
