@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
     data.workers = config_dict.placeholder(int)  # processes that read files; None: one for each core
     data.beam = config_dict.placeholder(str)  # Apache Beam reads them instead, with these options: '--runner=DirectRunner'
-    data.given_splits = True  # splits that the data brings win over `fractions`
+    data.splits = config_dict.placeholder(str)  # 'hash': by `fractions` alone; None: splits that the data brings win
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import readers
+from data import readers, sandbox
 
 # Objects that have rows and columns but are no image of a patient.
 NO_IMAGE = {"SEG", "PR", "KO", "SR", "REG", "RTSTRUCT", "RTPLAN", "RTDOSE", "DOC", "ECG", "AU"}
@@ -106,7 +106,7 @@ def _frames(path: str) -> list[_Frame]:
     count = max(1, int(file.get("NumberOfFrames") or 1))
     colour = int(file.SamplesPerPixel) > 1
     readers.plausible(float(file.Rows) * file.Columns * count * file.SamplesPerPixel * file.BitsAllocated / 8, path)
-    array = file.pixel_array.reshape(count, file.Rows, file.Columns, *[3] * colour)
+    array = _pixels(path, file).reshape(count, file.Rows, file.Columns, *[3] * colour)
     bits = int(file.get("BitsStored", file.BitsAllocated))
     groups = file.get("PerFrameFunctionalGroupsSequence") or [None] * count
     if len(groups) != count:
@@ -126,6 +126,26 @@ def _frames(path: str) -> list[_Frame]:
         )
         for i, group in enumerate(groups)
     ]
+
+
+# Among the decoders that pydicom knows, those that raise at damaged files where others end the process.
+DECODERS = {"JPEG 2000": "pylibjpeg", "JPEG-LS": "pyjpegls", "RLE": "pydicom", "JPEG Base": "pillow"}
+
+
+def _pixels(path: str, file) -> np.ndarray:
+    name = file.file_meta.TransferSyntaxUID.name
+    if name.startswith(("JPEG Lossless", "JPEG Extended")):
+        return sandbox.call(_by_gdcm, path)
+    file.pixel_array_options(decoding_plugin=next((DECODERS[start] for start in DECODERS if name.startswith(start)), ""))
+    return file.pixel_array
+
+
+def _by_gdcm(path: str) -> np.ndarray:
+    import pydicom
+
+    file = pydicom.dcmread(path)
+    file.pixel_array_options(decoding_plugin="gdcm")
+    return file.pixel_array
 
 
 def _macro(levels: Sequence, name: str):

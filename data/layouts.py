@@ -226,7 +226,7 @@ def dicoms(path: str, ask: Ask) -> Manifest:
         for number, row in enumerate(inside):
             again = sum(row.path == other.path for other in inside[:number])
             name = where if len(inside) == 1 and where != "." else row.path + (f".{again}" if again else "")
-            rows.append(row._replace(path=name))
+            rows.append(row._replace(path=name.removeprefix(".#")))
     return Manifest(path, sorted(rows))
 
 

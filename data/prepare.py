@@ -13,7 +13,6 @@ import pathlib
 import pickle
 import queue
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from data import files
+from data import files, sandbox
 from data.shards import Report, Shard
 
 SERIAL_SECONDS = 5.0  # worker processes start only where more than this is left to do: each takes a second to start
@@ -210,31 +209,12 @@ def _parallel(shards: list[Shard], shape, dtype: str, workers: int, tick: Callab
     with contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
         for _ in range(min(workers, len(shards))):
-            children.put(stack.enter_context(_child()))
+            child = sandbox.start("from data import prepare; prepare.serve()")
+            stack.callback(sandbox.stop, child)
+            children.put(child)
         work = [pool.submit(_ask, children, shard, shape, dtype, tick) for shard in shards]
         for future in concurrent.futures.as_completed(work):
             future.result()
-
-
-@contextlib.contextmanager
-def _child() -> Iterator[subprocess.Popen]:
-    """A worker process; it ends when its input does, so with its parent, however that dies.
-
-    Not multiprocessing's: JAX's threads do not survive a fork, and a spawned child would run the user's script again.
-    """
-    one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-    environment = {**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    command = [sys.executable, "-c", "from data import prepare; prepare.serve()"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    child = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)  # not reached by Ctrl-C
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.wait()
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.close()
-        child.stdout.close()
 
 
 def _ask(children: queue.SimpleQueue, shard: Shard, shape, dtype: str, tick: Callable[[str], None]) -> None:
@@ -259,8 +239,7 @@ def _ask(children: queue.SimpleQueue, shard: Shard, shape, dtype: str, tick: Cal
 
 def serve() -> None:
     """A worker: makes each shard on its input, and tells (task, None) as it goes, then (None, error or None)."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a decoder prints must not mix with the answers
+    answers = sandbox.answers()
 
     def tell(name: str | None, error: str | None = None) -> None:
         answers.write(pickle.dumps((name, error)))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import geometry
+from data import geometry, sandbox
 
 
 class Pixels(NamedTuple):
@@ -110,6 +110,10 @@ def _nifti(path: str, item: str = "") -> Pixels:
 
 
 def _itk(path: str, item: str = "") -> Pixels:
+    return sandbox.call(_itk_here, path)
+
+
+def _itk_here(path: str) -> Pixels:
     import SimpleITK
 
     reader = SimpleITK.ImageFileReader()

@@ -10,7 +10,8 @@ import numpy as np
 from absl import logging
 
 from data import cohort as brains
-from data import containers, dicom, files, geometry, manifest, prepare, readers, splits
+from data import containers, dicom, files, geometry, manifest, prepare, readers
+from data import splits as partition
 
 
 class ImageSet(NamedTuple):
@@ -31,10 +32,10 @@ def load(
     patients: str = "required",
     patient_pattern: str | None = None,
     centres: str | os.PathLike | None = None,
-    given_splits: bool = True,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
     limit: Mapping[str, int] | None = None,
+    splits: str | None = None,
     cohort: Mapping | None = None,
     size: Sequence[int] = (64, 64),
     **reading,
@@ -47,8 +48,8 @@ def load(
       path: folder, manifest, file or layout root, or 'tfds:NAME'; None is the embedded semi-synthetic cohort.
       layout, kind, patients, patient_pattern: see `manifest.read`.
       centres: CSV of the centres of sub-volumes, which are the images then; see `manifest.centres`.
-      given_splits: whether splits that the data brings win over `fractions`.
       fractions, seed: see `splits.assign`. The cohort has splits of its own.
+      splits: 'hash' leaves out of account the splits that the data brings.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
       cohort: arguments of `cohort.records`, and `height` of `cohort.subject`.
       size: (H, W) or (D, H, W).
@@ -60,11 +61,13 @@ def load(
       FileNotFoundError, ValueError: one line that names the file or key and the mend; also where a split is empty that
         should not be.
     """
+    if splits not in (None, "hash"):
+        raise ValueError(f"data.splits must be None or 'hash', not {splits!r}")
     if path is None:
         if layout not in ("auto", "cohort"):
             raise ValueError(f"data.layout is {layout!r}, but there is no data.path to find it at; set data.path")
         rows, read = _cohort(dict(cohort or {}), size=size, **reading)
-        needed, mend = splits.NAMES, "correct data.cohort.subjects"
+        needed, mend = partition.NAMES, "correct data.cohort.subjects"
     else:
         found = manifest.read(
             path,
@@ -81,9 +84,9 @@ def load(
         for note in found.notes:
             logging.warning("%s", note)
         ids, of, said = zip(*((row.path, row.patient, row.split) for row in found.rows), strict=True)
-        split_of = splits.assign(of, said if given_splits else (), fractions=fractions, seed=seed)
+        split_of = partition.assign(of, said if splits is None else (), fractions=fractions, seed=seed)
         rows = list(zip(ids, of, split_of, ids, strict=True))
-        needed = [name for name, share in (fractions or splits.FRACTIONS).items() if share > 0]
+        needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
         mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or the manifest's splits"
         read = functools.partial(_read, found, size=size, **reading)
     _refuse_empty(needed, {row[2] for row in rows}, mend)  # before the files are read, which may take hours
@@ -97,10 +100,10 @@ def load(
     ]
     _refuse_empty(needed, {image[2] for image in images}, mend)
     sets = {}
-    for split in splits.NAMES:
+    for split in partition.NAMES:
         chosen = [image for image in images if image[2] == split]
         if limit and limit.get(split) is not None:
-            chosen = [chosen[i] for i in splits.first([image[1] for image in chosen], limit[split], seed=seed)]
+            chosen = [chosen[i] for i in partition.first([image[1] for image in chosen], limit[split], seed=seed)]
         places = np.array([image[3] for image in chosen], np.int64)
         ids, patients_of = (np.array([image[k] for image in chosen], dtype=str) for k in (0, 1))
         sets[split] = ImageSet(_stored(done, places), ids, patients_of, done.spacing and tuple(done.spacing), window)
