@@ -1,0 +1,275 @@
+"""A whole audit.json with plausible numbers, for the tests of the report; nothing here was measured."""
+
+import json
+
+import numpy as np
+
+from detection import report
+
+KINDS = {
+    "identity": ["-"],
+    "flip": ["left-right"],
+    "rotation": [3.0, 5.0, 10.0],
+    "shift": [1.0, 2.0, 4.0],
+    "scale": [1.04, 1.08],
+    "crop": [0.05, 0.1],
+    "gamma": [0.8, 1.25],
+    "bias field": [0.2, 0.4],
+    "noise": [0.02, 0.05, 0.1],
+    "blur": [0.5, 1.0, 2.0],
+    "JPEG-like": [50.0, 20.0],
+    "autoencoder round trip": ["once"],
+    "re-noised": [0.1, 0.3, 0.5, 0.7],
+    "all of them": ["weak", "strong"],
+}
+UNITS = {"rotation": "degrees", "shift": "pixels", "blur": "pixels"}
+
+
+def around(rate, n, rng):
+    half = 1.96 * np.sqrt(rate * (1 - rate) / n) + rng.uniform(0.001, 0.01)
+    return [max(rate - half, 0.0), min(rate + half, 1.0)]
+
+
+def scores(k, m, c, seed, copies=0.9):
+    """Similarities of K synthetic, M unseen and C control images, patients pointed at, flags."""
+    rng = np.random.default_rng(seed)
+    null, control = (np.clip(rng.normal(0.72, 0.09, n), -1, 0.9) for n in (m, c))
+    is_copy = rng.random(k) < copies
+    sim = np.where(is_copy, 1 - rng.gamma(2.0, 0.012, k), np.clip(rng.normal(0.72, 0.09, k), -1, 0.9))
+    patients = np.array([f"sub-{int(p):04d}" for p in 40 * rng.beta(1, 1.6, k)])
+    return {"sim": sim, "null": null, "control": control, "patients": patients, "flagged": is_copy & (sim > 0.86)}
+
+
+def measured(found, seed=0):
+    """The keys that the audit has always written, for these similarities."""
+    rng = np.random.default_rng(seed)
+    k, m, c = (len(found[name]) for name in ("sim", "null", "control"))
+    n, flagged = 40, found["flagged"]
+    copies, patients = int(flagged.sum()), len(np.unique(found["patients"][flagged]))
+    return {
+        "caveats": [],
+        "n_train": n,
+        "n_val": m,
+        "n_syn": k,
+        "n_train_patients": n,
+        "n_val_patients": m,
+        "paper": {
+            "threshold": 0.8364507555961609,
+            "n_mem": 35,
+            "n_copies": int(0.8 * k),
+            "mem_rate": 0.875,
+            "mem_rate_ci": [0.7319670826382796, 0.975],
+            "n_mem_patients": 35,
+            "copy_rate": 0.7734375,
+            "copy_rate_ci": [0.6910934522635384, 0.8427132647105071],
+            "null_mem_rate": 0.07981610063808861,
+            "null_mem_rate_extrapolated": True,
+            "null_copy_rate": 0.025,
+            "null_copy_rate_ci": [0.0, 0.07132319415690505],
+        },
+        "calibrated": {
+            "fdr": 0.05,
+            "threshold": float(found["sim"][flagged].min()) if copies else None,
+            "n_copies": copies,
+            "copy_rate": copies / k,
+            "copy_rate_ci": around(copies / k, k, rng),
+            "n_mem": patients,
+            "n_mem_patients": patients,
+            "smallest_p_value": 1 / (1 + m),
+            "smallest_flaggable_copy_rate": 0.125,
+            "copy_rate_found_in_80_percent": 0.1483726501,
+        },
+        "negative_control": {
+            "n": c,
+            "n_patients": c,
+            "flag_rate": 0.09166666666666666,
+            "flag_rate_ci": [0.041666666666666664, 0.1647916666666667],
+            "nominal": 0.05,
+            "excess_p_value": 0.08574850488658448,
+            "bh_flag_rate": 0.0,
+        },
+        "rendering": {
+            "kind": "round trip through the autoencoder",
+            "gap_db": [round(float(g), 3) for g in rng.normal(0, 0.3, 32)],
+            "worst_gap_db": -0.489,
+            "p_value": 0.129,
+            "differs": False,
+        },
+    }
+
+
+def complete(result, found, verdict="FAIL", seed=0):
+    """`result` with every section that a finished audit has."""
+    rng = np.random.default_rng(seed + 1)
+    k, flagged = len(found["sim"]), found["flagged"]
+    draws = sorted({int(d) for d in np.geomspace(1, 4 * k, 60)} | {k})
+    names, counts = np.unique(found["patients"][flagged], return_counts=True)
+    share = counts / k
+
+    def curve(total):
+        mean = [float((1 - (1 - share) ** d).sum()) * total for d in draws]
+        return mean, [[max(x - 1.5 - 0.1 * x, 0.0), x + 1.5 + 0.1 * x] for x in mean]
+
+    images, patients = curve(1.2), curve(1.0)
+    low = min(float(min(found[name].min() for name in ("sim", "null", "control"))), 0.5)
+    edges = np.linspace(low, 1, 61)
+    levels = [round(x, 3) for x in np.linspace(0.05, 0.95, 10)]
+    auc = [float(0.5 + 0.28 * np.exp(-(((t - 0.4) / 0.25) ** 2))) for t in levels]
+    val_loss = [float(1.2 * np.exp(-3.2 * t) + 0.02) for t in levels]
+    best = int(np.argmax(auc))
+    deciding = {
+        "FAIL": "the upper end of the copy rate's 95 % interval is above max_copy_rate",
+        "PASS": "the upper end of the copy rate's 95 % interval is below max_copy_rate, and planted copies are found",
+        "INCONCLUSIVE": "too few unseen patients: a copy rate at max_copy_rate would go unnoticed",
+    }
+    return {
+        "verdict": verdict,
+        "reasons": [deciding[verdict], "the negative control is within what chance allows"],
+        "policy": {"max_copy_rate": 0.01, "max_patients": 0, "min_recall": 0.9, "min_power": 0.8},
+        **result,
+        "caveats": ["a caveat of the data"],
+        "paper": {**result["paper"], "mem_rate_size_matched": 0.8812},
+        "calibrated": {**result["calibrated"], "n_mem_patients_size_matched": 36.41, "tail": {"shape": -0.1134, "scale": 0.0212, "level": 0.9}},
+        "rendering": {**result["rendering"], "raw_worst_gap_db": -11.318, "raw_gap_db": [-11.3 / 32 * i for i in range(33)][1:]},
+        "power": {"min_detectable_copy_rate": 0.1562, "smallest_flaggable_copy_rate": 0.125, "recall": 0.9474, "probability": 0.8},
+        "positive_control": [
+            {
+                "kind": kind,
+                "strength": strength,
+                "n": 64,
+                "recall": (recall := float(np.clip(0.995 - 0.35 * i * rng.random(), 0, 1))),
+                "recall_ci": around(recall, 64, rng),
+                "right_patient": float(rng.uniform(0.94, 1)),
+                **({"unit": UNITS[kind]} if kind in UNITS else {}),
+            }
+            for kind, strengths in KINDS.items()
+            for i, strength in enumerate(strengths)
+        ],
+        "spaces": {
+            name: {
+                "auc": area,
+                "auc_ci": [area - 0.008, min(area + 0.006, 1.0)],
+                "recall_at_fpr_01": at_1,
+                "recall_at_fpr_05": at_5,
+                "n_flagged": n_flagged,
+                "agreement": agreement,
+            }
+            for name, area, at_1, at_5, n_flagged, agreement in (
+                ("detector", 0.9981, 0.9724, 0.9912, int(flagged.sum()), 1.0),
+                ("untrained detector", 0.9312, 0.5211, 0.7127, 61, 0.5213),
+                ("pixel correlation", 0.9127, 0.4523, 0.7381, 70, 0.5983),
+                ("pixel correlation, best shift and flip", 0.9704, 0.8112, 0.9004, 99, 0.8462),
+                ("SSIM", 0.8743, 0.3021, 0.5534, 41, 0.3504),
+                ("autoencoder latent", 0.9223, 0.4788, 0.7511, None, None),
+            )
+        },
+        "baselines": {
+            "d1_d2": {"rate": 0.6406, "rate_ci": [0.5511, 0.7233], "null_rate": 0.0063},
+            "c_t": {"statistic": -14.21, "p_value": 3.9e-46},
+            "auth_pct": {"value": 0.0781, "ci": [0.0381, 0.1389], "null": 0.8125},
+        },
+        "extraction": {
+            "draws": draws,
+            "images": images[0],
+            "images_ci": images[1],
+            "patients": patients[0],
+            "patients_ci": patients[1],
+            "unseen_images": {"estimate": 2.4, "ci": [0.3, 11.9]},
+            "unseen_patients": {"estimate": 1.2, "ci": [0.1, 8.7]},
+            "extrapolated": [d > k for d in draws],
+        },
+        "membership": {
+            "levels": levels,
+            "train_loss": [loss * (1 - 0.5 * (a - 0.5)) for loss, a in zip(val_loss, auc, strict=True)],
+            "val_loss": val_loss,
+            "auc": auc,
+            "auc_ci": [[a - 0.05, a + 0.05] for a in auc],
+            "best": {
+                "level": levels[best],
+                "auc": auc[best],
+                "auc_ci": [auc[best] - 0.05, auc[best] + 0.05],
+                "recall_at_fpr_01": 0.1531,
+                "recall_at_fpr_01_ci": [0.0571, 0.2984],
+                "recall_at_fpr_05": 0.3313,
+                "recall_at_fpr_05_ci": [0.1867, 0.4911],
+            },
+            "n_train": 40,
+            "n_val": 160,
+            "n_train_patients": 40,
+            "n_val_patients": 160,
+        },
+        "release": {
+            "folder": "/srv/hospital/ann/runs/brain/release",
+            "n_kept": int(k - flagged.sum()),
+            "n_flagged": int(flagged.sum()),
+            "n_removed_with_them": 0,
+            "quality": {
+                "before": {"frechet_distance": 12.31, "precision": 0.7113, "recall": 0.4127, "diversity_ms_ssim": 0.4412},
+                "after": {"frechet_distance": 31.72, "precision": 0.6402, "recall": 0.2217, "diversity_ms_ssim": 0.5131},
+            },
+            "again": [
+                {"space": "detector of another seed", "n_copies": 0, "copy_rate": 0.0, "copy_rate_ci": [0.0, 0.2849]},
+                {"space": "pixel correlation", "n_copies": 1, "copy_rate": 0.0909, "copy_rate_ci": [0.0023, 0.4128]},
+            ],
+        },
+        "patients": [
+            {"patient": str(name), "n_copies": int(count)}
+            for name, count in sorted(zip(names, counts, strict=True), key=lambda row: (-row[1], row[0]))
+        ],
+        "histogram": {
+            "edges": edges.tolist(),
+            **{
+                name: np.histogram(found[key], edges)[0].tolist()
+                for name, key in (("synthetic", "sim"), ("unseen", "null"), ("control", "control"))
+            },
+        },
+        "provenance": {
+            "config": {
+                "seed": 0,
+                "data": {"path": "/srv/hospital/ann smith/ward 7", "size": [64, 64], "cache": None, "intensity": "type", "patient_pattern": "WARD7_(\\d+)"},
+                "audit": {"fdr": 0.05, "percentile": 95.0, "pairs": 16, "synthetic": "C:\\Users\\ann\\made elsewhere", "release": "release of ward seven"},
+                "unet": {"width": 64, "mults": [1, 2], "attention": [False, True]},
+                "diffusion": {"schedule": "cosine", "predict": "v", "steps": 1000},
+            },
+            "environment": {
+                "git_commit": "64dab0f0c0ffee",
+                "python": "3.11.7",
+                "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
+                "devices": "1 x cpu",
+                "processes": 1,
+            },
+            "data": {
+                name: {"n": n, "sha256": ("%064x" % (7919 ** (i + 9)))[:64]}
+                for i, (name, n) in enumerate({"train": 40, "val": 160, "control": 120, "synthetic": k}.items())
+            },
+        },
+    }
+
+
+def example(k=128, m=160, c=120, verdict="FAIL", copies=0.9, seed=0):
+    found = scores(k, m, c, seed, copies)
+    result = complete(measured(found, seed), found, verdict, seed)
+    return json.loads(json.dumps(result, allow_nan=False))
+
+
+def pairs(n=16, size=(24, 20), seed=0, flagged=lambda i: i < 12, name="sub"):
+    """Pairs whose synthetic image is the training image with noise where flagged, and another image where not."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        nearest = rng.uniform(-1, 1, (*size, 1)).astype(np.float32)
+        other = rng.uniform(-1, 1, (*size, 1)).astype(np.float32)
+        near = np.clip(nearest + rng.normal(0, 0.1, nearest.shape), -1, 1).astype(np.float32)
+        made.append(
+            report.Pair(
+                near if flagged(i) else other,
+                nearest,
+                f"{i:06d}.png",
+                f"{name}-{i % 40:04d}_scan-0",
+                f"{name}-{i % 40:04d}",
+                0.99 - 0.005 * i,
+                0.006211180124223602 * (1 + (not flagged(i)) * i),
+                flagged(i),
+            )
+        )
+    return made
