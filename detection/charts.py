@@ -87,9 +87,7 @@ def histogram(result: Mapping[str, Any]) -> Chart:
         lines.append((name, path))
         top = int(np.argmax(heights))
         middle = float(x.at((edges[top] + edges[top + 1]) / 2))
-        labels.append(
-            Label(name, f"{names[name]} ({sum(counted[name]):,})", middle, float(100 - y.at(heights[top])))
-        )
+        labels.append(Label(name, f"{names[name]} ({sum(counted[name]):,})", middle, float(100 - y.at(heights[top]))))
     calibrated, paper = result["calibrated"], result["paper"]
     thresholds = [
         ("calibrated", f"flagged from (FDR {calibrated['fdr']:g})", calibrated.get("threshold")),
@@ -98,7 +96,9 @@ def histogram(result: Mapping[str, Any]) -> Chart:
     ]
     if calibrated.get("threshold") is not None:
         del thresholds[1]
-    marks = [(style, text, value) for style, text, value in thresholds if value is not None and x.low <= value <= x.high]
+    marks = [
+        (style, text, value) for style, text, value in thresholds if value is not None and x.low <= value <= x.high
+    ]
     labels += [Label(style, f"{text}: {value:.3f}", float(x.at(value)), 100.0) for style, text, value in marks]
     return Chart(
         "Histogram of the similarity to the nearest training image: synthetic images, unseen patients, negative control",
@@ -125,10 +125,20 @@ def extraction(result: Mapping[str, Any], what: str) -> Chart:
     lines = [("synthetic", polyline(across[:first], down[:first]))] if first else []
     labels = []
     if first:
-        labels.append(Label("synthetic", f"by {draws[first - 1]:,.0f} drawn: {found[first - 1]:,.1f}".replace(".0", ""), *at(across, down, first - 1)))
+        labels.append(
+            Label(
+                "synthetic",
+                f"by {draws[first - 1]:,.0f} drawn: {found[first - 1]:,.1f}".replace(".0", ""),
+                *at(across, down, first - 1),
+            )
+        )
     if beyond.any():
         lines.append(("beyond", polyline(across[max(first - 1, 0) :], down[max(first - 1, 0) :])))
-        labels.append(Label("beyond", f"extrapolated to {draws[-1]:,.0f}: {found[-1]:,.1f}".replace(".0", ""), *at(across, down, -1)))
+        labels.append(
+            Label(
+                "beyond", f"extrapolated to {draws[-1]:,.0f}: {found[-1]:,.1f}".replace(".0", ""), *at(across, down, -1)
+            )
+        )
     return Chart(
         f"Distinct training {what} extracted against the number of synthetic images drawn",
         x,
@@ -157,13 +167,15 @@ def membership(result: Mapping[str, Any], what: str) -> Chart:
             "ROC area of the membership test by noise level, with 95 % intervals; 0.5 is guessing",
             x,
             y,
-            [
-                Label("synthetic", f"highest: {by['auc'][best]:.3f} at {levels[best]:g}", *at(across, down, best)),
-                Label("chance", "0.5: no better than guessing", 100.0, chance),
-            ],
+            [Label("synthetic", f"highest: {by['auc'][best]:.3f} at {levels[best]:g}", *at(across, down, best))],
             [("synthetic", ribbon(across, 100 - y.at(interval[:, 0]), 100 - y.at(interval[:, 1])))],
-            [("chance", polyline(np.array([0, 100]), np.array([chance, chance]))), ("synthetic", polyline(across, down))],
-            dots=[("synthetic", *at(across, down, i), f"{levels[i]:g}: {by['auc'][i]:.3f}") for i in range(len(levels))],
+            [
+                ("chance", polyline(np.array([0, 100]), np.array([chance, chance]))),
+                ("synthetic", polyline(across, down)),
+            ],
+            dots=[
+                ("synthetic", *at(across, down, i), f"{levels[i]:g}: {by['auc'][i]:.3f}") for i in range(len(levels))
+            ],
             height=190,
         )
     train, val = np.asarray(by["train_loss"], float), np.asarray(by["val_loss"], float)
@@ -216,7 +228,7 @@ def spectrum(result: Mapping[str, Any]) -> Chart:
         "Ratio of synthetic to unseen power by spatial frequency, in decibels; within 3 dB is alike",
         x,
         y,
-        [*labels, Label("chance", "shaded: within 3 dB, taken as alike", 0.0, high)],
+        labels,
         [("alike", f"M0 {low:.2f}H100V{high:.2f}H0Z")],
         [("chance", f"M0 {middle:.2f}H100"), *lines],
         dots=dots,
@@ -241,9 +253,21 @@ class Rate(NamedTuple):
 RATES = [  # name, over what, section, rate, reference
     ("Copies, calibrated test", "of the synthetic images: the test to read", "calibrated", "copy_rate", None),
     ("Negative control", "of unseen patients' images; dashed: nominal", "negative_control", "flag_rate", "nominal"),
-    ("Copies, the paper's rule", "of the synthetic images; dashed: its null floor", "paper", "copy_rate", "null_copy_rate"),
+    (
+        "Copies, the paper's rule",
+        "of the synthetic images; dashed: its null floor",
+        "paper",
+        "copy_rate",
+        "null_copy_rate",
+    ),
     ("The paper's null floor", "of unseen patients' images, none of them a copy", "paper", "null_copy_rate", None),
-    ("Memorized, the paper's rule", "of the training images; dashed: its null floor", "paper", "mem_rate", "null_mem_rate"),
+    (
+        "Memorized, the paper's rule",
+        "of the training images; dashed: its null floor",
+        "paper",
+        "mem_rate",
+        "null_mem_rate",
+    ),
 ]
 
 

@@ -18,8 +18,9 @@ def planes(image: np.ndarray) -> np.ndarray:
         return grey
     upright = grey[::-1]  # depth runs from inferior to superior, pictures from top to bottom
     middles = [np.take(upright, n // 2, axis) for axis, n in enumerate(grey.shape)]
-    tallest = max(m.shape[0] for m in middles)
-    return np.concatenate([np.pad(m, ((0, tallest - m.shape[0]), (0, 0)), constant_values=-1) for m in middles], axis=1)
+    tallest, gap = max(m.shape[0] for m in middles), max(grey.shape[-1] // 32, 1)
+    padded = [np.pad(m, ((0, tallest - m.shape[0]), (0, gap)), constant_values=-1) for m in middles]
+    return np.concatenate(padded, axis=1)[:, :-gap]
 
 
 def pairs(
@@ -35,7 +36,7 @@ def pairs(
     Args:
       synthetic, nearest: the images of each pair, (*size, C) in [-1, 1].
       captions: (over the synthetic image, over the training image).
-      flagged: pairs framed in red.
+      flagged: pairs framed in red and marked in words.
     """
     across = 2 if synthetic[0].ndim == 3 else 1
     down = -(-len(synthetic) // across)
@@ -43,26 +44,31 @@ def pairs(
     width = 2.0 * max(1.0, shape[1] / shape[0])
     figure = Figure(figsize=(3 * across * width + 0.6 * (across - 1), 2.35 * down + 0.9), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    for block, subfigure in enumerate(np.atleast_1d(figure.subfigures(1, across))):
-        axes = subfigure.subplots(down, 3, squeeze=False)
+    columns = ([1, 1, 1, 0.06] * across)[:-1]  # a narrow empty column between two pairs
+    grid = figure.subplots(down, len(columns), squeeze=False, width_ratios=columns)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    for block in range(across):
         for row in range(down):
+            axes = grid[row, 4 * block : 4 * block + 3]
             index = row * across + block
-            for axis in axes[row]:
-                axis.set_axis_off()
             if index >= len(synthetic):
                 continue
             a, b = planes(synthetic[index]), planes(nearest[index])
-            titles = (*captions[index], "difference")
-            for axis, picture, text in zip(axes[row], (a, b, a - b), titles, strict=True):
-                grey = text != "difference"
-                axis.imshow(picture, cmap="gray" if grey else "RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-                axis.set_title(text, fontsize=8, color=FLAGGED if flagged[index] and grey else "black")
+            titles = (*captions[index], "difference" + ", FLAGGED as a copy" * bool(flagged[index]))
+            for axis, picture, text in zip(axes, (a, b, a - b), titles, strict=True):
+                cmap = "RdBu_r" if text is titles[2] else "gray"
+                drawn = axis.imshow(picture, cmap=cmap, vmin=-1, vmax=1, interpolation="nearest")
+                axis.set_title(text, fontsize=8, color=FLAGGED if flagged[index] else "black")
             if flagged[index]:
-                for axis in axes[row][:2]:
+                for axis in axes[:2]:
                     axis.set_axis_on()
                     axis.set(xticks=[], yticks=[])
                     for spine in axis.spines.values():
                         spine.set(color=FLAGGED, linewidth=2.5)
+    bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.01)
+    bar.set_label("difference: synthetic minus training image, of grey values from -1 to 1", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     save(figure, path)
 
 
@@ -82,12 +88,13 @@ def histogram(
     bins = np.linspace(low, 1.0, 60)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    for values, color, label in (
-        (unseen_M, UNSEEN, f"unseen real patients ({len(unseen_M)} images)"),
-        (synthetic_K, SYNTHETIC, f"synthetic images ({len(synthetic_K)})"),
+    for values, color, hatch, label in (
+        (unseen_M, UNSEEN, "////", f"unseen real patients ({len(unseen_M)} images)"),
+        (synthetic_K, SYNTHETIC, None, f"synthetic images ({len(synthetic_K)})"),
     ):
-        weights = np.full(len(values), 100 / len(values))
-        axis.hist(values, bins, weights=weights, color=color, alpha=0.55, label=label)
+        look = dict(histtype="stepfilled", facecolor=(color, 0.35), edgecolor=color, hatch=hatch, linewidth=1.2)
+        axis.hist(values, bins, weights=np.full(len(values), 100 / len(values)), label=label, **look)
+    axis.set_ylim(0, 1.4 * axis.get_ylim()[1])  # room for the legend
     handles, _ = axis.get_legend_handles_labels()
     for name, position, style in thresholds:
         if position is not None:

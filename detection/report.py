@@ -1,7 +1,6 @@
 """`report.html`: the audit for people. One file, no script, nothing fetched; drawn from `audit.json` and the pairs alone."""
 
 import base64
-import copy
 import functools
 import io
 import json
@@ -16,31 +15,12 @@ import numpy as np
 import PIL.Image
 from markupsafe import Markup
 
-from detection import charts, figures
+from detection import charts, figures, redaction
 from launch import checkpoint
 
 BYTES = 2_000_000  # of all pictures together, before base64 makes a third more of them
 MOST_PATIENTS = 60  # rows of the table of patients
 FULL_DIFFERENCE = 1.0  # half of the grey range has the deepest colour
-
-# Strings of the configuration that a redacted report keeps: choices among names that the code defines. Any other string
-# may name a folder, a file, a patient or a person.
-SETTINGS = frozenset(
-    "layout patients intensity fit on_error arch select_on schedule predict rule sampler objective dtype precision".split()
-)
-ENVIRONMENT = frozenset(("git_commit", "python", "versions", "devices", "processes"))
-REMOVED = "(removed)"
-PATH = re.compile(
-    r"""(?<![\w/<.])(?:
-        (?:~|\.{1,2})?/[^\s'",;:()]+(?:/[^\s'",;:()]*)*   # /home/ann/x, ./x, ~/x
-      | [A-Za-z]:[\\/][^\s'",;()]*                        # C:\x
-      | \\\\[^\s'",;()]+                                  # \\host\x
-      | [\w.+-]+://[^\s'",;()]+                           # gs://x
-      | [\w.+-]+(?:[/\\][\w.+-]+)*[/\\][\w+-]+\.\w+       # a/b.png
-      | [\w.+-]+(?:[/\\][\w.+-]+){2,}                     # a/b/c
-    )""",
-    re.VERBOSE,
-)
 
 
 class Pair(NamedTuple):
@@ -62,7 +42,7 @@ def write(path: Path, result: Mapping[str, Any], pairs: Sequence[Pair], *, redac
     Args:
       result: what is in `audit.json` (docs/audit.md); sections that are absent or None are said to be missing.
       pairs: the most similar pairs, most similar first.
-      redact: for sharing: no image, id or file name of a real patient and no path; see `redacted`.
+      redact: for sharing: no image, id or file name of a real patient and no path; see `redaction`.
       title: heading of the page.
     """
     checkpoint.write_text(path, render(result, pairs, redact=redact, title=title))
@@ -71,8 +51,8 @@ def write(path: Path, result: Mapping[str, Any], pairs: Sequence[Pair], *, redac
 def render(result: Mapping[str, Any], pairs: Sequence[Pair], *, redact: bool, title: str) -> str:
     """The page as text; see `write`."""
     if redact:
-        hide = scrubber(result, pairs)
-        title, result, pairs = hide(title), redacted(result, pairs), [anonymous(*p) for p in named(result, pairs)]
+        title = redaction.scrubber(result, pairs)(title)
+        result, pairs = redaction.redacted(result, pairs), redaction.anonymous(result, pairs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -88,6 +68,7 @@ def render(result: Mapping[str, Any], pairs: Sequence[Pair], *, redact: bool, ti
         title=title,
         charts=charts,
         rates=charts.rates(result),
+        ranked=sorted(enumerate(result.get("patients") or []), key=lambda row: -row[1]["n_copies"]),
         most_patients=MOST_PATIENTS,
         flat=flat,
         **readers(result),
@@ -156,10 +137,15 @@ def plain(value: Any) -> str:
 
 
 def printable(value: Any) -> Any:
-    """What the template prints: text with characters that HTML or UTF-8 cannot hold written out, like `\\x00`."""
+    """What the template prints: text with characters written out, like `\\x00`, that HTML or UTF-8 cannot hold or that
+    turn the direction of reading."""
     if not isinstance(value, str):
         return value
-    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", lambda m: ascii(m[0])[1:-1], value)
+    clean = re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]",
+        lambda m: ascii(m[0])[1:-1],
+        value,
+    )
     return Markup(clean) if isinstance(value, Markup) else clean
 
 
@@ -206,99 +192,9 @@ def data_uri(x: np.ndarray, most_pixels: int, colours: str | None = None) -> str
     image = PIL.Image.fromarray(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8))
     if colours:
         image = image.copy()
-        image.putpalette((matplotlib.colormaps[colours](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes())
+        image.putpalette(
+            (matplotlib.colormaps[colours](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
+        )
     out = io.BytesIO()
     image.save(out, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-# ---- redaction
-
-
-def redacted(result: Mapping[str, Any], pairs: Sequence[Pair] = ()) -> dict[str, Any]:
-    """`audit.json` without ids and paths, to be shared with a redacted report.
-
-    Patients become 'patient 1', 'patient 2' ... by first appearance among the pairs and then by number of copies: the
-    outcome depends on similarities and counts, and not on the ids, so it cannot be undone without the data. Strings of
-    the configuration that are not a choice among the code's own names are removed, as is all that looks like a path.
-    """
-    hide = scrubber(result, pairs)
-    clean = walk(copy.deepcopy(dict(result)), hide)
-    patients = pseudonyms(result, pairs)
-    if clean.get("patients"):
-        ranked = ranked_patients(result["patients"], patients)
-        clean["patients"] = [{**row, "patient": patients[row["patient"]]} for row in ranked]
-    if clean.get("release"):
-        clean["release"] = {**clean["release"], "folder": REMOVED}
-    if clean.get("provenance"):
-        found = clean["provenance"]
-        if found.get("config"):
-            found["config"] = settings_only(found["config"])
-        if found.get("environment"):
-            found["environment"] = {k: v for k, v in found["environment"].items() if k in ENVIRONMENT}
-    return clean
-
-
-def pseudonyms(result: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, str]:
-    """Patient -> 'patient 1' and on; see `redacted`."""
-    known = dict.fromkeys(pair.patient for pair in pairs)
-    rows = sorted(result.get("patients") or [], key=lambda row: -row["n_copies"])
-    known |= dict.fromkeys(row["patient"] for row in rows if row["patient"] not in known)
-    return {patient: f"patient {i}" for i, patient in enumerate(known, 1)}
-
-
-def ranked_patients(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    """Most copies first; ties by pseudonym, which no id has a part in."""
-    return sorted(rows, key=lambda row: (-row["n_copies"], int(names[row["patient"]].split()[1])))
-
-
-def named(result: Mapping[str, Any], pairs: Sequence[Pair]) -> list[tuple[Pair, str, int]]:
-    names = pseudonyms(result, pairs)
-    return [(pair, names[pair.patient], i) for i, pair in enumerate(pairs, 1)]
-
-
-def anonymous(pair: Pair, patient: str, number: int) -> Pair:
-    return pair._replace(
-        patient=patient, training_id=f"an image of {patient}", synthetic_id=f"synthetic image {number}"
-    )
-
-
-def settings_only(tree: Any, key: str = "") -> Any:
-    """A configuration with every string removed that is not under one of `SETTINGS`."""
-    if isinstance(tree, Mapping):
-        return {k: settings_only(v, k) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [settings_only(v, key) for v in tree]
-    return REMOVED if isinstance(tree, str) and key not in SETTINGS else tree
-
-
-def scrubber(result: Mapping[str, Any], pairs: Sequence[Pair]) -> Callable[[str], str]:
-    """A function that removes paths and known ids from a sentence.
-
-    An id of digits only would take ordinary numbers with it, so it is removed only after a word that announces one.
-    """
-    ids = {text for pair in pairs for text in (pair.synthetic_id, pair.training_id, pair.patient)}
-    ids |= {row["patient"] for row in result.get("patients") or []}
-    longest_first = sorted((i for i in ids if i.strip()), key=lambda i: (-len(i), i))
-    words = "|".join(re.escape(i) for i in longest_first if not i.isdigit())
-    digits = "|".join(re.escape(i) for i in longest_first if i.isdigit())
-    found = [re.compile(rf"(?<!\w)(?:{words})(?!\w)")] if words else []
-    found += [re.compile(rf"(?<=\b)(patients?|subjects?|images?|ids?|scans?)(\W+)(?:{digits})(?!\w)", re.I)] if digits else []
-
-    def hide(text: str) -> str:
-        for pattern in found[:1] if words else []:
-            text = pattern.sub(REMOVED, text)
-        for pattern in found[1:] if words else found:
-            text = pattern.sub(rf"\1\2{REMOVED}", text)
-        return PATH.sub(REMOVED, text)
-
-    return hide
-
-
-def walk(tree: Any, change: Callable[[str], str]) -> Any:
-    """A tree with every string, keys included, changed."""
-    if isinstance(tree, Mapping):
-        return {change(k): walk(v, change) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [walk(v, change) for v in tree]
-    return change(tree) if isinstance(tree, str) else tree

@@ -16,7 +16,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all; only the first process writes."""
     if jax.process_index() == 0:
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
 
 

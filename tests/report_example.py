@@ -129,9 +129,22 @@ def complete(result, found, verdict="FAIL", seed=0):
         **result,
         "caveats": ["a caveat of the data"],
         "paper": {**result["paper"], "mem_rate_size_matched": 0.8812},
-        "calibrated": {**result["calibrated"], "n_mem_patients_size_matched": 36.41, "tail": {"shape": -0.1134, "scale": 0.0212, "level": 0.9}},
-        "rendering": {**result["rendering"], "raw_worst_gap_db": -11.318, "raw_gap_db": [-11.3 / 32 * i for i in range(33)][1:]},
-        "power": {"min_detectable_copy_rate": 0.1562, "smallest_flaggable_copy_rate": 0.125, "recall": 0.9474, "probability": 0.8},
+        "calibrated": {
+            **result["calibrated"],
+            "n_mem_patients_size_matched": 36.41,
+            "tail": {"shape": -0.1134, "scale": 0.0212, "level": 0.9},
+        },
+        "rendering": {
+            **result["rendering"],
+            "raw_worst_gap_db": -11.318,
+            "raw_gap_db": [-11.3 / 32 * i for i in range(33)][1:],
+        },
+        "power": {
+            "min_detectable_copy_rate": 0.1562,
+            "smallest_flaggable_copy_rate": 0.125,
+            "recall": 0.9474,
+            "probability": 0.8,
+        },
         "positive_control": [
             {
                 "kind": kind,
@@ -204,8 +217,18 @@ def complete(result, found, verdict="FAIL", seed=0):
             "n_flagged": int(flagged.sum()),
             "n_removed_with_them": 0,
             "quality": {
-                "before": {"frechet_distance": 12.31, "precision": 0.7113, "recall": 0.4127, "diversity_ms_ssim": 0.4412},
-                "after": {"frechet_distance": 31.72, "precision": 0.6402, "recall": 0.2217, "diversity_ms_ssim": 0.5131},
+                "before": {
+                    "frechet_distance": 12.31,
+                    "precision": 0.7113,
+                    "recall": 0.4127,
+                    "diversity_ms_ssim": 0.4412,
+                },
+                "after": {
+                    "frechet_distance": 31.72,
+                    "precision": 0.6402,
+                    "recall": 0.2217,
+                    "diversity_ms_ssim": 0.5131,
+                },
             },
             "again": [
                 {"space": "detector of another seed", "n_copies": 0, "copy_rate": 0.0, "copy_rate_ci": [0.0, 0.2849]},
@@ -226,8 +249,20 @@ def complete(result, found, verdict="FAIL", seed=0):
         "provenance": {
             "config": {
                 "seed": 0,
-                "data": {"path": "/srv/hospital/ann smith/ward 7", "size": [64, 64], "cache": None, "intensity": "type", "patient_pattern": "WARD7_(\\d+)"},
-                "audit": {"fdr": 0.05, "percentile": 95.0, "pairs": 16, "synthetic": "C:\\Users\\ann\\made elsewhere", "release": "release of ward seven"},
+                "data": {
+                    "path": "/srv/hospital/ann smith/ward 7",
+                    "size": [64, 64],
+                    "cache": None,
+                    "intensity": "type",
+                    "patient_pattern": "WARD7_(\\d+)",
+                },
+                "audit": {
+                    "fdr": 0.05,
+                    "percentile": 95.0,
+                    "pairs": 16,
+                    "synthetic": "C:\\Users\\ann\\made elsewhere",
+                    "release": "release of ward seven",
+                },
                 "unet": {"width": 64, "mults": [1, 2], "attention": [False, True]},
                 "diffusion": {"schedule": "cosine", "predict": "v", "steps": 1000},
             },
