@@ -5,6 +5,7 @@ python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=run
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import detection
 import ldm
 from data import augment, copies, export
 from launch import log, machine, mesh, stage
+from ldm import imagenet
 
 PER_IMAGE = (
     "every image counts as a patient of its own (data.patients='per_image'): if patients have several images, "
@@ -94,7 +96,7 @@ def sample(config: ConfigDict, workdir: Path) -> None:
 
 
 def audit(config: ConfigDict, workdir: Path) -> int:
-    """Compares synthetic images, ours or any folder's, with the training images; writes `audit/`."""
+    """Compares synthetic images, ours or any folder's, with the training images; writes `audit/` and `quality.json`."""
     settings = config.audit.to_dict()
     foreign, release, exit_code = (settings.pop(name) for name in ("synthetic", "release", "exit_code"))
     sets = data.load(**config.data.to_dict())
@@ -120,7 +122,28 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         seed=config.seed,
         **settings,
     )
+    if config.quality.enabled:
+        quality(config, workdir, sets, synthetic, detection.embedder(model))
     return detection.EXIT[(result["release"] or result)["verdict"]] if exit_code else 0
+
+
+def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.ImageSet, embed: Callable) -> None:
+    """Compares the synthetic images with unseen real ones in feature spaces; writes `quality.json`."""
+    settings = config.quality.to_dict()
+    spaces = {"detector": embed}
+    if settings["imagenet"]:
+        spaces[imagenet.NAME] = imagenet.features()
+    if settings["features"]:
+        spaces["features of config.quality.features"] = Path(settings["features"])
+    ldm.evaluate(
+        sets[settings["reference"]],
+        {"synthetic": synthetic, "unseen real": sets["control"]},
+        spaces=spaces,
+        in_order=data.in_order,
+        path=workdir / "quality.json",
+        seed=config.seed,
+        **{k: settings[k] for k in ("neighbours", "pairs", "batch")},
+    )
 
 
 def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -> detection.Detector:

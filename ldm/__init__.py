@@ -11,3 +11,4 @@ from ldm.generator import (
     train_autoencoder,
     train_diffusion,
 )
+from ldm.quality import evaluate

@@ -76,6 +76,11 @@ def test_the_whole_path(whole):
     assert verdicts.splitlines()[0] == "image,nearest,nearest_patient,similarity,p_value,flagged"
     for name in ("pairs.png", "histogram.png"):
         assert np.asarray(PIL.Image.open(whole / "audit" / name)).std() > 1
+    judged = json.loads((whole / "quality.json").read_text())
+    assert (
+        judged["sets"]["synthetic"]["n"] == 12
+        and 0 <= judged["spaces"]["detector"]["synthetic"]["recall"]["value"] <= 1
+    )
     described = json.loads((whole / "config.json").read_text()), json.loads((whole / "environment.json").read_text())
     assert described[0]["unet"]["width"] == 16 and described[1]["versions"]["jax"]
 
