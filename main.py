@@ -130,6 +130,8 @@ def audit(config: ConfigDict, workdir: Path) -> int:
 def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.ImageSet, embed: Callable) -> None:
     """Compares the synthetic images with unseen real ones in feature spaces; writes `quality.json`."""
     settings = config.quality.to_dict()
+    if settings["reference"] not in ("val", "train"):
+        raise ValueError(f"config.quality.reference={settings['reference']!r}: use 'val' or 'train'")
     spaces = {"detector": embed}
     if settings["imagenet"]:
         spaces[imagenet.NAME] = imagenet.features()

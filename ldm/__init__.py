@@ -11,4 +11,5 @@ from ldm.generator import (
     train_autoencoder,
     train_diffusion,
 )
+from ldm.levels import loss_levels
 from ldm.quality import evaluate
