@@ -81,7 +81,8 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     generator = build_generator(config, workdir)
     weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
     claim(config, folder, *GENERATOR, "sample", grow=("sample.n",))
-    draw = ldm.sampler(generator, weights, key=key(config, 3), steps=config.sample.steps, eta=config.sample.eta)
+    how = {name: config.sample[name] for name in ("sampler", "steps", "eta")}
+    draw = ldm.sampler(generator, weights, key=key(config, 3), **how)
     paths = [folder / f"{i:06d}{export.suffix(rank)}" for i in range(config.sample.n)]
     missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
     with log.progress("sampling", config.sample.n, config.sample.n - len(missing), unit="image") as bar:

@@ -79,10 +79,11 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.diffusion = ConfigDict(
         {
-            "schedule": "cosine",  # 'cosine', 'linear', 'scaled_linear'
+            "schedule": "cosine",  # 'cosine', 'linear', 'scaled_linear', or 'flow' (rectified flow)
             "steps": 1000,
             "beta": (0.0015, 0.0195),  # first and last beta of the two linear schedules
-            "predict": "v",  # 'eps', 'v', 'x0'
+            "predict": "v",  # 'eps', 'v', 'x0', or 'flow' (the velocity; with schedule 'flow')
+            "min_snr": 0.0,  # gamma of min-SNR weighting (the paper of that name: 5); 0: every time weighs the same
         }
     )
     # augmentation of each stage's images; all zero: none. The study of augmentation is about the diffusion stage, where
@@ -124,8 +125,10 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             "n": 128,  # raising it later adds samples; the first ones stay as they are
             "batch": 64,
-            "steps": 50,  # DDIM steps; with eta=1 and steps=diffusion.steps: ancestral sampling
-            "eta": 0.0,
+            # 'ddim', 'ddpm' (ancestral), 'dpmpp' (DPM-Solver++ 2M), 'heun' (two evaluations a step), 'euler' (of a flow)
+            "sampler": "ddim",
+            "steps": 50,  # at most diffusion.steps
+            "eta": 0.0,  # of 'ddim': noise put back, from 0 (none) to 1 ('ddpm')
             "ema": 0.999,  # which of train.diffusion.ema
         }
     )

@@ -44,5 +44,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.train.autoencoder.optimiser.update(rate=1e-4)
         config.train.diffusion.update(steps=150 * 10_000 // 32, batch=32)
         config.train.diffusion.optimiser.update(rate=1e-4)
-        config.sample.update(n=10_000, steps=1000, eta=1.0)
+        config.sample.update(n=10_000, sampler="ddpm", steps=1000)
     return config

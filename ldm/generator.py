@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import checkpoint, log, loop, mesh, stage
-from ldm import autoencoder, diffusion, unet
+from ldm import autoencoder, diffusion, samplers, unet
 
 ENCODE_BATCH = 64
 
@@ -22,6 +22,7 @@ class Generator(NamedTuple):
     denoiser: diffusion.Denoiser
     init_unet: Callable[[jax.Array], Any]
     kl_weight: float
+    min_snr: float
     workdir: Path
 
 
@@ -48,10 +49,9 @@ def build(image_shape: tuple[int, ...], workdir: Path, *, coder: dict, net: dict
     def init(key: jax.Array) -> Any:
         return unet_.init(key, jnp.zeros((1, *autoencoder_.latent_shape)), jnp.zeros(1))
 
-    alpha_bar_T = diffusion.alpha_bar(process["schedule"], process["steps"], process["beta"])
-    diffusion.check(process["predict"])
-    denoiser = diffusion.Denoiser(apply, alpha_bar_T, process["predict"])
-    return Generator(autoencoder_, denoiser, init, kl_weight, workdir)
+    schedule = diffusion.schedule(process["schedule"], process["steps"], process["beta"])
+    denoiser = diffusion.denoiser(apply, schedule, process["predict"])
+    return Generator(autoencoder_, denoiser, init, kl_weight, process["min_snr"], workdir)
 
 
 def train_autoencoder(
@@ -205,7 +205,7 @@ def train_diffusion(
     encoded = [encode(params, x) for x in loop.whole_batches(in_order, held_out, batch)]
     state = loop.fit(
         "diffusion",
-        diffusion.task(generator.denoiser, generator.init_unet, draw),
+        diffusion.task(generator.denoiser, generator.init_unet, draw, min_snr=generator.min_snr),
         lambda start: batches(source, batch=batch, start=start),
         folder=folder,
         tx=loop.optimiser(steps=fit["steps"], **optimiser),
@@ -232,9 +232,9 @@ def load(generator: Generator, *, ema: float, decays: tuple[float, ...]) -> Weig
 
 
 def sampler(
-    generator: Generator, weights: Weights, *, key: jax.Array, steps: int, eta: float
+    generator: Generator, weights: Weights, *, key: jax.Array, sampler: str, steps: int, eta: float
 ) -> Callable[[np.ndarray], jax.Array]:
-    """A jitted function: sample numbers (B,) -> images (B, *S, C) in [-1, 1].
+    """A jitted function: sample numbers (B,) -> images (B, *S, C) in [-1, 1]; `sampler` and what follows as in `samplers`.
 
     Image i depends on (`key`, i) alone: not on its batch, the number of devices, or how many are drawn.
     """
@@ -243,7 +243,7 @@ def sampler(
     def draw(weights: Weights, numbers: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         shape = generator.autoencoder.latent_shape
-        z = diffusion.sample(generator.denoiser, weights.unet, keys, shape, steps=steps, eta=eta)
+        z = samplers.sample(generator.denoiser, weights.unet, keys, shape, sampler=sampler, steps=steps, eta=eta)
         x = generator.autoencoder.decode(weights.autoencoder, z * weights.std + weights.mean)
         return jnp.clip(x, -1.0, 1.0)
 

@@ -1,0 +1,227 @@
+"""Samplers: exact where the denoiser is, the moments of Gaussian data, orders of convergence, diffusers' own steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm import diffusion, samplers
+
+MEAN = np.array([0.5, -0.2, 0.1, 0.8])
+ROOT = np.array([[0.6, 0, 0, 0], [0.3, 0.4, 0, 0], [-0.2, 0.1, 0.3, 0], [0.1, 0.2, -0.1, 0.2]])
+COVARIANCE = ROOT @ ROOT.T
+
+
+def knowing(denoise, schedule, predict):
+    """A denoiser made of `denoise(z_t, c) -> z_hat`."""
+    T = len(schedule.alpha)
+
+    def apply(params, z_t, t, key):
+        c = diffusion.at(schedule, jnp.round(t * T).astype(int), z_t.ndim - 2)
+        z_hat = denoise(z_t, c)
+        return diffusion.target(predict, z_hat, (z_t - c.alpha * z_hat) / c.sigma, c)
+
+    return diffusion.Denoiser(apply, schedule, predict)
+
+
+def of_point(z, schedule, predict):
+    """Knows the one training latent `z`."""
+    return knowing(lambda z_t, c: jnp.broadcast_to(z, z_t.shape), schedule, predict)
+
+
+def of_gaussian(schedule, predict):
+    """The optimal denoiser of z ~ N(MEAN, COVARIANCE), in a latent of shape (2, 2, 1)."""
+
+    power, axes = np.linalg.eigh(COVARIANCE)
+
+    def denoise(z_t, c):
+        alpha, sigma = (v.reshape(-1, 1) for v in c)
+        along = (z_t.reshape(-1, 4) - alpha * MEAN) @ axes
+        return (MEAN + (along * alpha * power / (alpha**2 * power + sigma**2)) @ axes.T).reshape(z_t.shape)
+
+    return knowing(denoise, schedule, predict)
+
+
+@pytest.mark.parametrize(("kind", "predict", "shape"), [("cosine", "v", (4, 4, 2)), ("flow", "flow", (3, 4, 4, 1))])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 30])
+def test_with_one_training_latent_that_is_what_comes_out(kind, predict, shape, sampler, steps):
+    z = jax.random.normal(jax.random.key(5), shape)
+    model = of_point(z, diffusion.schedule(kind, 200), predict)
+    keys = jax.random.split(jax.random.key(1), 3)
+    out = samplers.sample(model, None, keys, shape, sampler=sampler, steps=steps)
+    np.testing.assert_allclose(out, np.broadcast_to(z, out.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "flow"])
+@pytest.mark.parametrize(
+    ("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("dpmpp", 0.0), ("heun", 0.0)]
+)
+def test_gaussian_data_keep_their_mean_and_covariance(kind, sampler, eta):
+    T, n = 100, 6000
+    schedule = diffusion.schedule(kind, T)
+    model = of_gaussian(schedule, "flow" if kind == "flow" else "v")
+    keys = jax.random.split(jax.random.key(0), n)
+    draw = functools.partial(samplers.sample, model, None, shape=(2, 2, 1), sampler=sampler, steps=T, eta=eta)
+    z = np.asarray(jax.jit(draw)(keys_B=keys)).reshape(n, 4)
+    np.testing.assert_allclose(z.mean(0), MEAN, atol=0.03)
+    np.testing.assert_allclose(np.cov(z.T), COVARIANCE, atol=0.03)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("dpmpp", 2), ("heun", 2)])
+@pytest.mark.parametrize("kind", ["preserving", "flow"])
+def test_order_of_convergence(sampler, order, kind):
+    """On Gaussian data the probability-flow equation has a closed solution: (z_t - alpha m) / sqrt(alpha^2 s^2 + sigma^2)
+    stays what it was. Twice the steps, evenly spaced in log SNR, must halve the error, or quarter it."""
+    mean, std = 0.5, 0.3
+
+    def error(steps):
+        log_snr = np.linspace(9, -2, steps)  # of alpha / sigma; the last jump, to sigma = 0, is of no account
+        ratio = np.exp(log_snr)
+        norm = np.sqrt(1 + ratio**2) if kind == "preserving" else 1 + ratio
+        schedule = diffusion.Coefficients(ratio / norm, 1 / norm)
+        denoise = lambda z_t, c: mean + c.alpha * std**2 * (z_t - c.alpha * mean) / (c.alpha**2 * std**2 + c.sigma**2)
+        model = knowing(denoise, schedule, "v" if kind == "preserving" else "flow")
+        keys = jax.random.split(jax.random.key(0), 16)
+        z = samplers.sample(model, None, keys, (2, 2, 1), sampler=sampler, steps=steps)
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (2, 2, 1)))(keys)
+        a, s = schedule.alpha[-1], schedule.sigma[-1]
+        exact = mean + std * (noise - a * mean) / np.sqrt(a**2 * std**2 + s**2)
+        return float(np.sqrt(((z - exact) ** 2).mean()))
+
+    coarse, fine, finest = error(20), error(40), error(80)
+    assert coarse < 0.1
+    for ratio in (coarse / fine, fine / finest):
+        assert 2**order * 0.8 < ratio < 2**order * 1.35, (coarse, fine, finest)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_sample_depends_on_its_own_key_alone(sampler):
+    keys = jax.random.split(jax.random.key(3), 5)
+    model = of_gaussian(diffusion.schedule("cosine", 100), "v")
+    draw = functools.partial(samplers.sample, model, None, shape=(2, 2, 1), sampler=sampler, steps=10)
+    np.testing.assert_allclose(draw(keys)[2:4], draw(keys[2:4]), atol=1e-6)
+    assert np.ptp(draw(keys), axis=0).min() > 1e-3
+
+
+def test_timesteps_span_the_schedule():
+    assert samplers.timesteps(1000, 1000).tolist() == list(range(999, -1, -1))
+    assert samplers.timesteps(1000, 4).tolist() == [999, 749, 499, 249]
+    with pytest.raises(ValueError, match=r"config.sample.steps=0"):
+        samplers.timesteps(1000, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(sampler="plms", steps=3), r"config.sample.sampler='plms': use one of ddim"),
+        (dict(sampler="heun", steps=3, eta=0.5), r"config.sample.eta=0.5 is a setting of 'ddim'"),
+        (dict(sampler="ddim", steps=101), r"config.sample.steps=101 must be between 1 and config.diffusion.steps=100"),
+    ],
+)
+def test_mistakes_are_told(settings, told):
+    model = of_point(jnp.zeros((2, 2, 1)), diffusion.schedule("cosine", 100), "v")
+    with pytest.raises(ValueError, match=told):
+        samplers.sample(model, None, jax.random.split(jax.random.key(0), 2), (2, 2, 1), **settings)
+
+
+# ---- against diffusers: an extra, where it is installed
+
+
+def toy(z_t, t, T):
+    """Any smooth function of z_t and t will do, as long as both libraries are given the same."""
+    return np.tanh(np.asarray(z_t) * (0.3 + t / T)) + 0.1
+
+
+def ours(kind, predict, sampler, steps, T, beta):
+    schedule = diffusion.schedule(kind, T, beta)
+    apply = lambda params, z_t, t, key: jnp.tanh(z_t * (0.3 + t.reshape(-1, 1, 1, 1))) + 0.1
+    draw = lambda key: samplers.sample(
+        diffusion.Denoiser(apply, schedule, predict), None, key[None], (4, 4, 1), sampler=sampler, steps=steps
+    )
+    start = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (4, 4, 1))
+    return np.asarray(start), np.asarray(draw(jax.random.key(0))[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear"), ("scaled_linear", "scaled_linear")]
+)
+def test_schedules_are_diffusers(kind, theirs):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(1000, beta_start=0.0015, beta_end=0.0195, beta_schedule=theirs)
+    np.testing.assert_allclose(diffusion.alpha_bar(kind, 1000), scheduler.alphas_cumprod.numpy(), rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("predict", ["eps", "v", "x0"])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 10), ("ddim", 40), ("dpmpp", 10), ("dpmpp", 25)])
+def test_deterministic_samplers_are_diffusers(predict, sampler, steps):
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    beta, T = (0.0015, 0.0195), 1000
+    shared = dict(
+        num_train_timesteps=T,
+        beta_start=beta[0],
+        beta_end=beta[1],
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        prediction_type={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[predict],
+    )
+    if sampler == "ddim":
+        scheduler = diffusers.DDIMScheduler(**shared, clip_sample=False, set_alpha_to_one=True)
+    else:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**shared, final_sigmas_type="zero")
+    scheduler.set_timesteps(steps)
+    start, mine = ours("scaled_linear", predict, sampler, steps, T, beta)
+    z_t = torch.tensor(start)
+    assert samplers.timesteps(T, steps).tolist() == scheduler.timesteps.tolist()
+    for t in scheduler.timesteps:
+        z_t = scheduler.step(torch.tensor(toy(z_t, t.item(), T)), t, z_t).prev_sample
+    np.testing.assert_allclose(mine, z_t.numpy(), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("sampler", "theirs"), [("euler", "Euler"), ("heun", "Heun")])
+def test_flow_samplers_are_diffusers(sampler, theirs):
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    T, steps = 1000, 20
+    scheduler = getattr(diffusers, f"FlowMatch{theirs}DiscreteScheduler")(num_train_timesteps=T)
+    start, mine = ours("flow", "flow", sampler, steps, T, (0, 0))
+    if sampler == "euler":
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
+        times = torch.tensor(samplers.timesteps(T, steps) + 1.0)
+        twice = torch.cat([times[:1], times[1:].repeat_interleave(2)])
+        scheduler.timesteps, sigmas = twice, torch.cat([times / T, torch.zeros(1)])
+        scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    z_t = torch.tensor(start)
+    for t in scheduler.timesteps:  # theirs counts 1 ... T where ours counts 0 ... T - 1
+        z_t = scheduler.step(torch.tensor(toy(z_t, t.item() - 1, T)), t, z_t).prev_sample
+    np.testing.assert_allclose(mine, z_t.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_ancestral_steps_are_diffusers(monkeypatch):
+    """Mean and standard deviation of every step, from theirs with the noise set to 0 and to 1."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    T, beta = 50, (0.001, 0.2)
+    scheduler = diffusers.DDPMScheduler(
+        T,
+        beta_start=beta[0],
+        beta_end=beta[1],
+        beta_schedule="linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+    )
+    plan = samplers.plan(diffusion.schedule("linear", T, beta), T)
+    z_t = np.random.default_rng(0).standard_normal((1, 4, 4, 1)).astype(np.float32)
+    for i, t in enumerate(range(T - 1, -1, -1)):
+        s = jax.tree.map(lambda x, i=i: x[i], plan)
+        model = lambda z, t, c: diffusion.split("v", z, jnp.asarray(toy(z_t, int(t), T)), c)
+        for noise in (0.0, 1.0):
+            module = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+            monkeypatch.setattr(module, lambda shape, noise=noise, **_: torch.full(shape, noise))
+            theirs = scheduler.step(torch.tensor(toy(z_t, t, T)), t, torch.tensor(z_t)).prev_sample.numpy()
+            mine, _ = samplers.ddpm(
+                model, s, jnp.asarray(z_t), None, lambda i, noise=noise: noise * jnp.ones((1, 4, 4, 1)), 0
+            )
+            np.testing.assert_allclose(mine, theirs, atol=2e-3 if t == 0 else 2e-4, err_msg=f"t={t}, noise={noise}")
