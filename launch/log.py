@@ -40,10 +40,15 @@ def provenance() -> dict[str, Any]:
 class Metrics:
     """Metrics of one stage, by step: `metrics.jsonl`, and TensorBoard event files where that extra is installed.
 
-    Lines after `start` are dropped on opening: a resumed run writes them again.
+    Lines after `start` are dropped on opening: a resumed run writes them again. `window` holds the values since the last
+    line, so that the line of a run that stopped between two lines is the same as if it had not.
     """
 
     def __init__(self, folder: Path, start: int):
+        self._windows = folder / "windows.json"
+        kept = json.loads(self._windows.read_text()) if self._windows.exists() else {}
+        self.window: list[dict[str, float]] = kept.get(str(start), [])
+        self._kept = {step: window for step, window in kept.items() if int(step) <= start}
         self._file = self._board = None
         if jax.process_index() != 0:
             return
@@ -67,6 +72,12 @@ class Metrics:
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def keep_window(self, step: int) -> None:
+        """To be called with each checkpoint: keeps `window` for a run that goes on from this step."""
+        recent = dict(list(self._kept.items())[-2:])  # the checkpoint may fail to be written: earlier ones' too
+        self._kept = {**recent, str(step): list(self.window)}
+        checkpoint.write_json(self._windows, self._kept)
 
     def close(self) -> None:
         for writer in (self._file, self._board):

@@ -1,7 +1,6 @@
 """The one training loop. A task is two pure functions; everything about machines and failures is here."""
 
 import functools
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 
-from launch import checkpoint, layers, log, mesh
+from launch import checkpoint, layers, log, mesh, preempt
 
 
 class Task(NamedTuple):
@@ -73,6 +72,21 @@ def train_step(
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
+def agreeing(step_fn: Callable) -> Callable:
+    """A train step that also takes `preempt.flags` and returns in its metrics, as `told`, whether any of them is set.
+
+    All processes fetch those metrics at the same step, so they learn together that one of them was told to stop. Inside
+    the step it costs one small sum; as a collective of its own it could overtake the step's on another host.
+    """
+
+    @functools.wraps(train_step)
+    def step(state: State, batch: Any, flags: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        state, metrics = step_fn(state, batch)
+        return state, {**metrics, "told": flags.max()}
+
+    return step
+
+
 def keep_best(state: State, loss: jax.Array) -> State:
     """Remembers the parameters if this selection loss is the lowest so far."""
     better = loss < state.best_loss
@@ -111,13 +125,14 @@ def fit(
       The state after the last step.
     Raises:
       FloatingPointError: on a non-finite loss, naming the step and the last good checkpoint.
-      SystemExit: with code 0 after SIGTERM, once a checkpoint is saved; the same command goes on from there.
+      SystemExit: with code 0 after SIGTERM to any of the processes, once all have saved the same step; the same command
+        goes on from there, on another number of processes if need be.
     """
     make = functools.partial(create, task=task, tx=tx, ema=ema, select=select)
     abstract = jax.eval_shape(make, key)
     shardings = mesh.shardings(abstract)
     init_key, step_key, prepare_key, eval_key = jax.random.split(key, 4)
-    with checkpoint.manager(folder / "checkpoints") as checkpoints, _Terminated() as terminated:
+    with checkpoint.manager(folder / "checkpoints") as checkpoints, preempt.noting() as told:
         start = checkpoints.latest_step() or 0
         if start:
             state = checkpoint.restore(checkpoints, abstract)
@@ -126,8 +141,10 @@ def fit(
             log.say(f"{name}: {parameter_overview.count_parameters(state.params):,} parameters")
         if start >= steps:
             return state
+        several = jax.process_count() > 1
+        one_step = functools.partial(train_step, task=task, tx=tx, key=step_key)
         step_fn = jax.jit(
-            functools.partial(train_step, task=task, tx=tx, key=step_key),
+            agreeing(one_step) if several else one_step,
             donate_argnums=0,
             out_shardings=(shardings, mesh.replicated()),
         )
@@ -136,35 +153,37 @@ def fit(
         metrics = log.Metrics(folder, start)
         bar = log.progress(name, steps, start)
         pending: deque[tuple[int, dict]] = deque()
-        window: list[dict] = []
+        agreed = False
 
         def collect(waiting: int) -> None:
             """Fetches metrics of all but the `waiting` newest steps, so that the device is never waited for."""
+            nonlocal agreed
             while len(pending) > waiting:
                 step, values = pending.popleft()
                 values = {k: float(v) for k, v in jax.device_get(values).items()}
+                agreed |= values.pop("told", 0.0) > 0
                 if not all(abs(v) < float("inf") for v in values.values()):
                     good = checkpoints.latest_step()
                     where = f"{folder / 'checkpoints' / str(good)}" if good is not None else "none yet"
                     bad = ", ".join(f"{k}={v}" for k, v in values.items() if not abs(v) < float("inf"))
                     raise FloatingPointError(f"{name}: {bad} at step {step}; last good checkpoint: {where}")
-                window.append(values)
+                metrics.window.append(values)
                 bar.update()
                 if (step + 1) % log_every == 0 or step + 1 == steps:
-                    means = {k: sum(w[k] for w in window) / len(window) for k in values}
+                    means = {k: sum(w[k] for w in metrics.window) / len(metrics.window) for k in values}
                     metrics.write(step + 1, means)
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-                    window.clear()
+                    metrics.window.clear()
 
         for step, batch in zip(range(start, steps), batches(start), strict=False):
             batch = mesh.put(batch)
             if prepare:
                 batch = prepare(batch, jax.random.fold_in(prepare_key, step))
-            state, values = step_fn(state, batch)
+            state, values = step_fn(state, batch, *([mesh.put(preempt.flags())] if several else []))
             pending.append((step, values))
             collect(waiting=2)
             done = step + 1
-            stop = done == steps or terminated()
+            stop = done == steps or (agreed if several else told())
             if held_out and (done % eval_every == 0 or done == steps):
                 losses = [loss_fn(state.params, b) for b in held_out()]
                 loss = jnp.stack(losses).mean()
@@ -173,13 +192,14 @@ def fit(
                 metrics.write(done, {"held_out_loss": float(loss)})
             if done % save_every == 0 or stop:
                 collect(waiting=0)
+                metrics.keep_window(done)
                 checkpoint.save(checkpoints, done, state)
             if stop:
                 break
         bar.close()
         metrics.close()
         checkpoints.wait_until_finished()
-        if terminated() and done < steps:
+        if done < steps:
             log.say(f"{name}: told to stop; saved at step {done}. The same command goes on from there.")
             raise SystemExit(0)
         return state
@@ -200,18 +220,3 @@ def whole_batches(in_order: Callable, images: Sequence, batch: int) -> Iterator[
     for x, valid in in_order(images, batch):
         if valid == batch:
             yield mesh.put(x[mesh.rows(batch)])
-
-
-class _Terminated:
-    """`with _Terminated() as terminated`: SIGTERM is noted instead of killing; `terminated()` tells."""
-
-    def __enter__(self) -> Callable[[], bool]:
-        self._told = False
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return lambda: self._told
-
-    def _note(self, *_: Any) -> None:
-        self._told = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)

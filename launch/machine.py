@@ -1,15 +1,18 @@
 """Start of a process: processes find each other, compilations are kept, and errors a user can mend are one line."""
 
+import importlib.util
 import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from glob import glob
 from pathlib import Path
 
 import jax
 from absl import flags, logging
 
+from launch import preempt
 from launch.log import ROOT
 
 OURS = ("main.py", "configs", "data", "detection", "launch", "ldm")
@@ -23,22 +26,59 @@ def cache_folder() -> Path:
 
 
 def start() -> None:
-    """Connects the processes, where there are several, and turns on JAX's persistent compilation cache.
+    """Connects the processes, where there are several, turns on JAX's persistent compilation cache, heeds SIGTERM.
 
-    Several processes are found by JAX itself on TPU pods, SLURM, Open MPI and Kubernetes; elsewhere set
-    JAX_COORDINATOR_ADDRESS, FACSIMILE_PROCESSES and FACSIMILE_PROCESS. Compiled code is kept per machine name, since it
-    is made for the machine's own processor.
+    Several processes find each other by themselves where `launcher` says so; elsewhere set JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), FACSIMILE_PROCESSES and FACSIMILE_PROCESS. With FACSIMILE_METADATA, a cloud machine's
+    metadata server, maintenance events count as SIGTERM. Compiled code is kept per machine name, since it is made for
+    the machine's own processor.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells 30 lines a checkpoint
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / platform.node()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if "FACSIMILE_PROCESSES" in os.environ:
+    connect(launcher(os.environ, _has_tpu()))
+    preempt.listen(os.environ.get("FACSIMILE_METADATA"))
+
+
+def launcher(env: Mapping[str, str], tpu: bool) -> str | None:
+    """Who started this process as one of several: 'facsimile' (our variables), 'tpu', 'slurm', 'mpi', 'kubernetes'.
+
+    None where it is alone: a SLURM batch script without srun, say, or one worker. On a TPU machine JAX asks the machine
+    itself how many hosts there are, so 'tpu' may be one.
+    """
+    if "FACSIMILE_PROCESSES" in env:
+        return "facsimile"
+    if tpu and env.get("JAX_PLATFORMS", "tpu") == "tpu":
+        # without a metadata server only its environment can tell a machine that it is part of a pod
+        alone = "TPU_SKIP_MDS_QUERY" in env and "," not in env.get("TPU_WORKER_HOSTNAMES", "")
+        return None if alone else "tpu"
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return "slurm"
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "mpi"
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env and importlib.util.find_spec("kubernetes"):
+        return "kubernetes"
+    return None
+
+
+def connect(by: str | None) -> None:
+    """Joins the other processes that the launcher `by` started. Raises ValueError where a variable is missing."""
+    jax.config.update("jax_enable_preemption_service", False)  # see preempt.py
+    if by == "facsimile":
+        missing = [name for name in ("JAX_COORDINATOR_ADDRESS", "FACSIMILE_PROCESS") if name not in os.environ]
+        if missing:
+            raise ValueError(f"FACSIMILE_PROCESSES is set, but not {' and '.join(missing)}: set all three, or none")
         count, index = (int(os.environ[name]) for name in ("FACSIMILE_PROCESSES", "FACSIMILE_PROCESS"))
-        jax.distributed.initialize(num_processes=count, process_id=index)
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif by:
         jax.distributed.initialize()
+
+
+def _has_tpu() -> bool:
+    """Whether a TPU and its driver are here, found out without starting JAX."""
+    return bool(importlib.util.find_spec("libtpu") and (glob("/dev/accel*") or glob("/dev/vfio/[0-9]*")))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from launch import preempt
+
 AXES = ("data", "fsdp")
 BATCH = jax.P(AXES)
 REPLICATED = jax.P()
@@ -87,10 +89,12 @@ def stream(fn: Callable, batches: Iterable[tuple[np.ndarray, int]]) -> Iterator[
     """Runs a jitted `fn` over ordered batches (array, number of valid rows); yields host results without the padding.
 
     Every process iterates over the same whole batches, computes its own rows, and receives all of them. The next batch
-    is started before the last one is fetched.
+    is started before the last one is fetched. Raises SystemExit with code 0 once one of several processes is told to
+    stop.
     """
     waiting = None
     for batch, valid in batches:
+        preempt.stop_together()
         result = fn(put(batch[rows(len(batch))])), valid
         if waiting:
             yield _valid(*waiting)

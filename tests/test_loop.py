@@ -145,10 +145,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
             yield batch
 
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "told", batches=told)
+        run(tmp_path / "told", batches=told, log_every=4)
     assert stop.value.code == 0
     assert (tmp_path / "told" / "checkpoints" / "6").is_dir()
-    assert_same(run(tmp_path / "whole"), run(tmp_path / "told"))
+    assert_same(run(tmp_path / "whole", log_every=4), run(tmp_path / "told", log_every=4))
+    lines = [
+        [line for line in map(log.json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line]
+        for name in ("whole", "told")
+    ]
+    assert lines[0] == lines[1], "a line's mean covers the steps before the stop too"
 
 
 def test_best_is_the_lowest_selection_loss():

@@ -1,0 +1,62 @@
+"""Who started a process, and what is told where the environment is half set."""
+
+import pytest
+
+from launch import machine
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "tpu", "by"),
+    [
+        ({}, False, None),
+        ({"FACSIMILE_PROCESSES": "2"}, False, "facsimile"),
+        ({**SLURM}, False, None),  # a batch script of four tasks that has started none of them
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, False, None),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "4"}, False, "slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False, "mpi"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, None),  # no TPU in sight
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, "tpu"),
+        ({}, True, "tpu"),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, True, None),
+        ({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, True, "tpu"),
+        ({"JAX_PLATFORMS": "cpu"}, True, None),
+        ({"KUBERNETES_SERVICE_HOST": "h"}, False, None),
+    ],
+)
+def test_who_started_this_process(env, tpu, by):
+    assert machine.launcher(env, tpu) == by
+
+
+def test_kubernetes_needs_its_package(monkeypatch):
+    env = {"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    assert machine.launcher(env, False) is None
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name == "kubernetes")
+    assert machine.launcher(env, False) == "kubernetes"
+
+
+@pytest.mark.parametrize("missing", ["JAX_COORDINATOR_ADDRESS", "FACSIMILE_PROCESS"])
+def test_half_an_environment_is_told(monkeypatch, missing):
+    for name, value in (("JAX_COORDINATOR_ADDRESS", "localhost:1"), ("FACSIMILE_PROCESS", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ValueError, match=f"not {missing}: set all three"):
+        machine.connect("facsimile")
+
+
+def test_our_variables_are_passed_on(monkeypatch):
+    called = []
+    monkeypatch.setattr(machine.jax.distributed, "initialize", lambda *args: called.append(args))
+    for name, value in (
+        ("JAX_COORDINATOR_ADDRESS", "h:1"), ("FACSIMILE_PROCESSES", "4"), ("FACSIMILE_PROCESS", "3"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    machine.connect("facsimile")
+    machine.connect("slurm")
+    machine.connect(None)
+    assert called == [("h:1", 4, 3), ()]

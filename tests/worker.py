@@ -1,0 +1,46 @@
+"""A toy training run as one of several processes: `python -m tests.worker FOLDER STEPS SECONDS_A_STEP`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch import loop, machine, mesh, preempt
+
+X = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+BATCH = 16
+
+
+def init(key):
+    return {"kernel": jnp.ones((16, 16)), "bias": jnp.zeros(16)}
+
+
+def loss(params, batch, key):
+    noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
+    return ((jnp.tanh(noisy @ params["kernel"] + params["bias"]) - batch) ** 2).mean(), {}
+
+
+def main(folder: str, steps: str, seconds: str) -> None:
+    machine.connect(machine.launcher(os.environ, tpu=False))
+    preempt.listen()
+
+    def batches(start):
+        for step in range(start, int(steps)):
+            time.sleep(float(seconds))
+            yield X[np.random.default_rng(step).permutation(64)[:BATCH]][mesh.rows(BATCH)]
+
+    with jax.set_mesh(mesh.make()):
+        loop.fit(
+            "toy", loop.Task(init, loss), batches, folder=Path(folder), steps=int(steps),
+            tx=loop.optimiser(steps=int(steps), rate=1e-2), key=jax.random.key(0), ema=(0.9,),
+            held_out=lambda: [mesh.put(X[:BATCH][mesh.rows(BATCH)])], select=True,
+            save_every=25, eval_every=10, log_every=1,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
