@@ -43,16 +43,12 @@ def header(path: str) -> Header:
     text = lambda name: str(found.get(name) or "").strip()
     axes, position = _axes(found), _numbers(found, "ImagePositionPatient", 3)
     place = float(np.cross(*axes) @ position) if axes is not None and position is not None else None
-    grid = [
-        text("Rows"),
-        text("Columns"),
-        *(f"{round(v, 2) + 0:g}" for v in (axes if axes is not None else []).ravel()),
-    ]
+    turn = [] if axes is None else [f"{round(v, 2) + 0:g}" for v in axes.ravel()]
     return Header(
         *(text(name) for name in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")),
         kind=f"{text('Modality')} {text('SeriesDescription')}".strip(),
         place=place,
-        group=" ".join(grid),
+        group=" ".join([text("Rows"), text("Columns"), *turn]),
         image="Rows" in found and "Columns" in found and text("Modality") not in NO_IMAGE,
     )
 

@@ -89,8 +89,8 @@ def resample(
         start = starts[axis] if starts else _margin(old, span)
         same = old == span == new and start == 0
         matrix = None if same else _triangle(old, span, start, new)
-        used = np.unique(matrix.indices) if matrix is not None and matrix.nnz else [0, old - 1]
-        window.append(slice(used[0], used[-1] + 1))
+        used = matrix.indices if matrix is not None and matrix.nnz else np.array([0, old - 1])
+        window.append(slice(used.min(), used.max() + 1))
         weights.append(None if matrix is None else matrix[:, window[-1]])
     array = array[tuple(window)]
     for axis, matrix in enumerate(weights):

@@ -210,23 +210,24 @@ def dicoms(path: str, ask: Ask) -> Manifest:
         fits = re.compile(ask.kind or "").search
     except re.error as error:
         raise ValueError(f"data.kind {ask.kind!r} is not a regular expression: {error}") from None
-    chosen = [(name, h) for name, h in zip(names, said, strict=True) if h and h.image and fits(h.kind)]
+    images = [(name, h) for name, h in zip(names, said, strict=True) if h and h.image]
     if not ask.volumes:
         place = lambda h: "" if h.place is None else f"{h.place:g}"
-        return Manifest(path, [Row(name, h.patient, h.study, place(h)) for name, h in chosen])
-    series = {}
-    for name, h in chosen:
-        series.setdefault((h.patient, h.study, h.series, h.group), []).append((h.place or 0.0, name))
-    rows, taken = [], {}
+        return Manifest(path, [Row(name, h.patient, h.study, place(h)) for name, h in images if fits(h.kind)])
+    series, folders = {}, {}
+    for name, h in images:
+        series.setdefault((h.patient, h.study, h.series, h.group), []).append((h.place or 0.0, name, h.kind))
     for (patient, study, uid, _), files in series.items():
-        parts = tuple(name for _, name in sorted(files))
-        where = os.path.commonpath([os.path.dirname(name) for name in parts]) or "."
-        taken.setdefault(where, []).append(Row(f"{where}#{uid}", patient, study, parts=parts))
-    for where, inside in taken.items():
-        for number, row in enumerate(inside):
-            again = sum(row.path == other.path for other in inside[:number])
-            name = where if len(inside) == 1 and where != "." else row.path + (f".{again}" if again else "")
-            rows.append(row._replace(path=name.removeprefix(".#")))
+        parts = tuple(name for _, name, _ in sorted(files))
+        where = os.path.commonpath([os.path.dirname(name) for name in parts])
+        folders.setdefault(where, []).append((files[0][2], uid, Row("", patient, study, parts=parts)))
+    rows = []
+    for where, inside in folders.items():
+        for number, (kind, uid, row) in enumerate(inside):
+            again = sum(uid == other for _, other, _ in inside[:number])  # other shapes under the same UID
+            name = where if where and len(inside) == 1 else f"{where}#{uid}".lstrip("#") + f".{again}" * bool(again)
+            if fits(kind):
+                rows.append(row._replace(path=name))
     return Manifest(path, sorted(rows))
 
 

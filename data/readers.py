@@ -29,7 +29,7 @@ class Refused(Exception):
     """A file we can read and do not take; the message says why and the mend, without the path."""
 
 
-BOMB = 64 << 20  # bytes that any file may unpack to
+BOMB = 4 << 20  # bytes that any file may unpack to
 RATIO = 2000  # beyond that, so many times its size: deflate reaches 1030
 
 
@@ -73,7 +73,9 @@ def _pillow(path: str, item: str = "") -> Pixels:
             return _itk(path)  # Pillow would keep only the upper 8 of these 16 bits
         if image.format == "TIFF" and image.info.get("compression") == "raw" and image.getexif().get(0x0112, 1) > 4:
             raise Refused("is stored lying on its side, which Pillow garbles; save it upright")
-        count = getattr(image, "n_frames", 1)
+        count, raw = getattr(image, "n_frames", 1), image.info.get("compression") == "raw" and image.mode != "1"
+        if raw and image.width * image.height > os.path.getsize(path):
+            raise Refused("is cut short: its pixels are not all there; restore or remove it")
         plausible(count * image.width * image.height, path)
         for index in range(count):
             image.seek(index)
