@@ -30,6 +30,11 @@ def choose(patients_N: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(order[rng.permutation(first)[:count]])
 
 
+def correlated(x_QxD: np.ndarray, like_train_NxD: np.ndarray) -> neighbours.Neighbours:
+    """The training image that correlates most with each embedding; the training images' are standardised already."""
+    return neighbours.nearest(neighbours.standardise(x_QxD), like_train_NxD)
+
+
 def plant(
     plants: Plants,
     images: Any,
@@ -41,12 +46,13 @@ def plant(
     in_order: Callable[..., Iterator],
     batch: int,
     seed: int,
+    search: Callable[[np.ndarray, np.ndarray], neighbours.Neighbours] = correlated,
 ) -> list[Planted]:
     """Copies the chosen training images in every kind and strength, renders and embeds them, and finds their nearest.
 
     Args:
       plants: (kind, strength) -> `copy(key, x) -> x`, in the order of the report; the first strength of a kind is standard.
-      like_train_NxD: standardised embeddings of the training images as `view` renders them.
+      like_train_NxD: embeddings of the training images as `view` renders them, as `search` takes them.
       view: the rendering that a generator's copy would have.
     """
     subset = [images[int(i)] for i in chosen_Q]
@@ -56,7 +62,7 @@ def plant(
         for (kind, strength), copy in plants.items():
             made = jax.jit(copy)
             parts = list(mesh.stream(lambda x, made=made: embed(view(made(key, x))), in_order(subset, batch)))
-            found = neighbours.nearest(neighbours.standardise(np.concatenate(parts)), like_train_NxD)
+            found = search(np.concatenate(parts), like_train_NxD)
             planted.append(Planted(kind, strength, kind not in seen, found.sim[:, 0], found.index[:, 0]))
             seen.add(kind)
             bar.update(1)

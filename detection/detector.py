@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from detection import encoder
-from launch import checkpoint, loop
+from launch import checkpoint, layers, loop
 
 
 class Detector(NamedTuple):
@@ -98,5 +98,13 @@ def embedder(detector: Detector) -> Callable[[jax.Array], jax.Array]:
     """A jitted function: images (B, *S, C) -> embeddings (B, dim) of the trained detector."""
     init = task(detector, lambda key, x: x, both=False).init
     params = checkpoint.load(detector.folder, jax.eval_shape(init, jax.random.key(0)))
+    apply = jax.jit(lambda params, x: detector.encoder.apply(params, rescale(x)))
+    return lambda x: apply(params, x)
+
+
+def untrained(detector: Detector, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """As `embedder`, with parameters as they are before the first step: what the architecture sees by itself."""
+    init = task(detector, lambda key, x: x, both=False).init
+    params = layers.init(init, key)
     apply = jax.jit(lambda params, x: detector.encoder.apply(params, rescale(x)))
     return lambda x: apply(params, x)

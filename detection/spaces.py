@@ -1,0 +1,261 @@
+"""Several similarity spaces side by side: what each sees of planted copies, what it flags, and whether spaces agree.
+
+A space turns images into vectors (`embed`) and finds for each the most similar training image (`search`): by the
+correlation of vectors, or by a score of two images, which is then exact on a few candidates per image. A detector that
+learned nothing is one that sees no more than an untrained one does, or than pixels do.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detection import calibrate, controls, neighbours, roc, views
+from launch import log, mesh
+
+CANDIDATES = 16  # training images a pair score is measured on, for each version of the query
+COARSE = 256  # block averages that candidates are chosen by: coarse, so that a small shift moves them little
+MOST_PIXELS = 2**14  # of an image that is compared in pairs; larger ones are averaged in blocks
+
+
+class Space(NamedTuple):
+    """One space: see the module. `note`: what the reader must know of it."""
+
+    embed: Callable[[jax.Array], jax.Array]  # images (B, *S, C) -> (B, D)
+    search: Callable[[np.ndarray, np.ndarray], neighbours.Neighbours]  # of (queries, training images)
+    note: str
+
+
+class Measured(NamedTuple):
+    """What a space says: the nearest training image of each synthetic one, and scores of unseen and planted images."""
+
+    hits: neighbours.Neighbours
+    null_M: np.ndarray
+    planted: Sequence[controls.Planted] | None  # None where no copies can be planted: vectors made elsewhere
+
+
+def by_correlation(embed: Callable[[jax.Array], jax.Array], note: str = "Pearson correlation of vectors") -> Space:
+    """A space of vectors: a detector, trained or not; an autoencoder's latents; pixels (`views.pixels`)."""
+    return Space(embed, correlation, note)
+
+
+def correlation(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
+    """The training image whose vector correlates most with each query's."""
+    return neighbours.nearest(neighbours.standardise(query_QxD), neighbours.standardise(train_NxD))
+
+
+def by_pairs(
+    score: Callable[[jax.Array, jax.Array], jax.Array],
+    image_shape: tuple[int, ...],
+    name: str,
+    *,
+    flips: bool,
+    candidates: int = CANDIDATES,
+    batch: int = 256,
+) -> Space:
+    """A space of a score of two images, (B, *S, C) twice -> (B,), say SSIM.
+
+    Too slow for all pairs, so it is measured on `candidates` training images per query, those that correlate most with
+    it in coarse block averages, and as many for its mirror image where `flips`. The most similar by score of all may be
+    another: the score found is then a little low. Images of over 16,384 pixels are compared as block averages.
+    """
+    shape = _shrunk_shape(image_shape)
+    measure = jax.jit(lambda pair: score(pair[:, 0], pair[:, 1]))
+    coarse = jax.jit(lambda x: views.pixels(x, COARSE))
+
+    def search(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
+        images = lambda x: np.asarray(x).reshape(-1, *shape)
+        blocks = lambda x: neighbours.standardise(_by_batch(coarse, images(x), batch))
+        versions = [query_QxD] + [images(query_QxD)[..., ::-1, :]] * flips
+        count = min(candidates, len(train_NxD))
+        pick_Qxc = np.concatenate(
+            [neighbours.nearest(blocks(v), blocks(train_NxD), k=count).index for v in versions], 1
+        )
+        query, train = images(query_QxD), images(train_NxD)
+        sim_Qxc = _by_batch(measure, _Pairs(query, train, pick_Qxc), batch).reshape(pick_Qxc.shape)
+        if not np.isfinite(sim_Qxc).all():
+            raise ValueError(f"{name}: a score is not finite")
+        order = np.lexsort((pick_Qxc, -sim_Qxc), axis=1)[:, :1]
+        take = lambda x: np.take_along_axis(x, order, 1)
+        return neighbours.Neighbours(take(sim_Qxc).astype(np.float32), take(pick_Qxc).astype(np.int32))
+
+    way = " or of their mirror images" if flips else ""
+    averaged = "" if shape == tuple(image_shape) else f", on block averages of size {shape[:-1]}"
+    note = (
+        f"{name}, exact on the {candidates} training images that correlate most in coarse block averages{way}{averaged}"
+    )
+    return Space(lambda x: shrunk(x).reshape(len(x), -1), search, note)
+
+
+def shifted_correlation(
+    image_shape: tuple[int, ...], shift: float = 0.0625
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Score of two images: their best pixel correlation over shifts of up to `shift` of each axis, and a flip of one.
+
+    The middle of one image, without a border as wide as the largest shift, is held against every window of that size
+    of the other, plain and mirrored along the last axis. The correlation is Pearson's over the window: all sums by FFT.
+
+    Returns:
+      function (B, *S, C) twice -> (B,) in [-1, 1]; a window without any variation counts as 0.
+    """
+    size = _shrunk_shape(image_shape)[:-1]
+    reach = tuple(round(shift * n) for n in size)
+    middle = np.zeros((1, *size, 1), np.float32)
+    middle[(slice(None), *(slice(r, n - r) for r, n in zip(reach, size, strict=True)))] = 1
+    axes = tuple(range(1, len(size) + 1))
+
+    def sums(a, b):
+        """Sum over the windows of a times b, b being zero outside the middle: (B, shifts)."""
+        spectrum = jnp.fft.rfftn(a, axes=axes) * jnp.conj(jnp.fft.rfftn(b, axes=axes))
+        at = jnp.fft.irfftn(spectrum, s=size, axes=axes).sum(-1)
+        for axis, r in zip(axes, reach, strict=True):
+            at = jnp.roll(at, r, axis)
+            at = jax.lax.slice_in_dim(at, 0, 2 * r + 1, axis=axis)
+        return at.reshape(len(at), -1)
+
+    def best(a, b):
+        over = (*axes, len(axes) + 1)
+        a = a - a.mean(over, keepdims=True)
+        n = middle.sum() * a.shape[-1]
+        b = middle * (b - (middle * b).sum(over, keepdims=True) / n)
+        window = jnp.broadcast_to(middle, (1, *size, a.shape[-1]))
+        spread = sums(a**2, window) - sums(a, window) ** 2 / n
+        power = spread * (b**2).sum(over)[:, None]
+        least = 1e-4 * ((a**2).sum(over) * (b**2).sum(over))[:, None] + 1e-12
+        return jnp.where(power > least, sums(a, b) / jnp.sqrt(jnp.maximum(power, least)), 0.0).max(1)
+
+    return jax.jit(lambda a, b: jnp.clip(jnp.maximum(best(a, b), best(jnp.flip(a, -2), b)), -1, 1))
+
+
+def shrunk(x: jax.Array, most: int = MOST_PIXELS) -> jax.Array:
+    """Images (B, *S, C) averaged in the smallest equal blocks that leave at most about `most` pixels."""
+    size, block = x.shape[1:-1], 1
+    while np.prod([-(-n // block) for n in size]) > most:
+        block += 1
+    window = (1, *(min(block, n) for n in size), 1)
+    return x if block == 1 else jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID") / np.prod(window)
+
+
+def _shrunk_shape(image_shape: tuple[int, ...]) -> tuple[int, ...]:
+    return jax.eval_shape(shrunk, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)).shape[1:]
+
+
+def measured(
+    space: Space,
+    sets: Mapping[str, tuple[Sequence, Callable[[jax.Array], jax.Array]]],
+    plants: controls.Plants,
+    chosen_Q: np.ndarray,
+    *,
+    in_order: Callable[..., Iterator],
+    batch: int,
+    seed: int,
+) -> Measured:
+    """Scores of all sets in a space.
+
+    Args:
+      sets: 'train', 'val' and 'synthetic' -> (images, the view of them; see `views.like_for_like`).
+      plants, chosen_Q: see `controls.plant`; they are rendered as the training images are.
+    """
+    vectors = {}
+    for name, (images, view) in sets.items():
+        with log.progress(f"space: {name}", len(images), unit="image") as bar:
+            parts = []
+            for part in mesh.stream(lambda x, view=view: space.embed(view(x)), in_order(images, batch)):
+                parts.append(part)
+                bar.update(len(part))
+        vectors[name] = np.concatenate(parts)
+    train, view = sets["train"]
+    planting = {"embed": space.embed, "view": view, "in_order": in_order, "batch": batch, "seed": seed}
+    planted = controls.plant(plants, train, chosen_Q, vectors["train"], search=space.search, **planting)
+    search = functools.partial(space.search, train_NxD=vectors["train"])
+    return Measured(search(vectors["synthetic"]), search(vectors["val"]).sim[:, 0], planted)
+
+
+def given(vectors: Mapping[str, np.ndarray]) -> Measured:
+    """The same from vectors of 'train', 'val' and 'synthetic' images that were made elsewhere, compared as they are.
+
+    Nothing is known of how they were made, so no copies can be planted and nothing is rendered alike.
+    """
+    search = functools.partial(correlation, train_NxD=vectors["train"])
+    return Measured(search(vectors["synthetic"]), search(vectors["val"]).sim[:, 0], None)
+
+
+def section(
+    what: Measured,
+    patients_M: np.ndarray,
+    patients_Q: np.ndarray,
+    detector_flags_K: np.ndarray,
+    *,
+    fdr: float,
+    seed: int,
+    note: str = "",
+) -> dict[str, Any]:
+    """What `audit.json` says of a space.
+
+    Args:
+      patients_M: of the validation images. patients_Q: of the training images that were copied.
+      detector_flags_K: what the calibrated test flags in the detector's space.
+    Returns:
+      auc, recall_at_fpr_01, recall_at_fpr_05 with `_ci`, and fpr_01_ci, fpr_05_ci: planted copies, standard strength of
+      every kind together, against validation images; over patients of both (`roc.summary`). None without copies.
+      n_flagged, flag_rate_ci: by the calibrated test in this space; Clopper-Pearson over synthetic images, the null
+      taken as given. agreement, agreement_ci: of the images flagged here or by the detector, the share flagged by both
+      (Jaccard), Clopper-Pearson over those images; None where there are none. kappa: Cohen's, chance-corrected; None
+      where both flag all or both flag none.
+    """
+    scores_K = what.hits.sim[:, 0]
+    p_K = calibrate.conformal_p(scores_K, what.null_M, patients_M)
+    flags_K = calibrate.benjamini_hochberg(p_K, fdr)
+    both, either = int((flags_K & detector_flags_K).sum()), int((flags_K | detector_flags_K).sum())
+    standard = [p for p in what.planted or () if p.standard]
+    if standard:
+        sim = np.concatenate([p.sim_Q for p in standard])
+        told = roc.summary(sim, np.tile(patients_Q, len(standard)), what.null_M, patients_M, seed=seed)
+    else:
+        names = ("auc", "recall_at_fpr_01", "recall_at_fpr_05")
+        told = dict.fromkeys((*names, *(f"{n}_ci" for n in names), "fpr_01_ci", "fpr_05_ci"))
+    return {
+        **told,
+        "n_flagged": int(flags_K.sum()),
+        "flag_rate_ci": list(calibrate.clopper_pearson(flags_K.sum(), len(flags_K))),
+        "agreement": both / either if either else None,
+        "agreement_ci": list(calibrate.clopper_pearson(both, either)) if either else None,
+        "kappa": kappa(flags_K, detector_flags_K),
+        "note": note,
+    }
+
+
+def kappa(a_K: np.ndarray, b_K: np.ndarray) -> float | None:
+    """Cohen's kappa of two sets of flags: 1 for the same, 0 for what chance gives; None where chance gives the same."""
+    a, b = a_K.mean(), b_K.mean()
+    chance = a * b + (1 - a) * (1 - b)
+    return float(((a_K == b_K).mean() - chance) / (1 - chance)) if chance < 1 else None
+
+
+class _Pairs(Sequence):
+    """(query, candidate) images of every pair, in the order of the rows of `pick_Qxc`; made when asked for."""
+
+    def __init__(self, query: np.ndarray, train: np.ndarray, pick_Qxc: np.ndarray):
+        self.query, self.train, self.pick = query, train, pick_Qxc
+
+    def __len__(self) -> int:
+        return self.pick.size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        i = np.arange(part.start, min(part.stop, len(self)))
+        return np.stack([self.query[i // self.pick.shape[1]], self.train[self.pick.ravel()[i]]], 1)
+
+
+def _by_batch(fn: Callable, rows: Sequence, batch: int) -> np.ndarray:
+    """`fn` of all rows, so many at a time on all devices; the last batch is filled up with its last row."""
+    batch = -(-min(batch, len(rows)) // mesh.size()) * mesh.size()
+
+    def batches():
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            yield np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)]), len(part)
+
+    return np.concatenate(list(mesh.stream(fn, batches())))
