@@ -203,7 +203,7 @@ def spectrum(result: Mapping[str, Any]) -> Chart:
     series = [
         (style, text, np.array([np.nan if g is None else g for g in rendering[key]], float))
         for style, text, key in (
-            ("unseen", "before", "raw_gap_db"),
+            ("unseen", "before the common rendering", "raw_gap_db"),
             ("synthetic", "as compared", "gap_db"),
         )
         if rendering.get(key)
@@ -221,7 +221,7 @@ def spectrum(result: Mapping[str, Any]) -> Chart:
         lines.append((style, polyline(across, down)))
         dots += [(style, *at(across, down, i), f"band {i + 1}: {gap[i]:+.2f} dB") for i in known]
         widest = int(known[np.argmax(np.abs(gap[known]))])
-        labels.append(Label(style, f"{text}: largest {gap[widest]:+.1f} dB", *at(across, down, widest)))
+        labels.append(Label(style, text, *at(across, down, widest)))
     low, high = (float(100 - y.at(edge)) for edge in (-TOLERANCE_DB, TOLERANCE_DB))
     middle = float(100 - y.at(0))
     return Chart(

@@ -179,7 +179,7 @@ def picture(pair: Pair, n: int, redact: bool, verdict: str | None) -> dict[str, 
         if redact
         else data_uri(np.clip((synthetic - nearest) / FULL_DIFFERENCE, -1, 1) / 2 + 0.5, pixels, "RdBu_r"),
         "volume": np.ndim(pair.synthetic) == 4,
-        "shape": " x ".join(map(str, np.shape(pair.synthetic)[:-1])),
+        "reduced": synthetic.size > pixels,
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from detection import charts, redaction, report
 from tests import report_example
+from tests.conftest import ROOT
 
 OPTIONAL = {  # section of the page -> key of audit.json
     "similarity": "histogram",
@@ -291,6 +292,17 @@ def test_it_stays_small(k, size):
     page = render(made, report_example.pairs(16, size))
     assert len(page.encode()) < 3_000_000
     assert len(list(section(page, "patients").iter("li"))) == min(k, report.MOST_PATIENTS)
+
+
+def test_every_key_is_documented(result):
+    named = set(
+        re.findall(r"[A-Za-z_0-9]+", " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs" / "audit.md").read_text())))
+    )
+    keys = set()
+    for path, _ in leaves({name: value for name, value in result.items() if name not in ("spaces", "provenance")}):
+        keys |= {key for key in path if isinstance(key, str) and "tail" not in path[:-1]}
+    keys |= {key for space in result["spaces"].values() for key in space} | {*result["provenance"], "n", "sha256"}
+    assert len(keys) > 90 and not keys - named
 
 
 # ---- redaction
