@@ -152,47 +152,54 @@ def extraction(result: Mapping[str, Any], what: str) -> Chart:
 
 
 def membership(result: Mapping[str, Any], what: str) -> Chart:
-    """By noise level: 'auc' of telling training from unseen images by their loss, or both mean 'loss'es."""
+    """By noise level: 'auc' of telling training from unseen patients by their loss, the 'gap' of losses, or both 'loss'es."""
     by = result["membership"]
     levels = np.asarray(by["levels"], float)
     x = axis(0, 1, "noise level t / T")
     across = x.at(levels)
-    if what == "auc":
-        interval = np.asarray(by["auc_ci"], float)
-        y = axis(min(0.4, float(interval.min())), max(1.0, float(interval.max())), "ROC area")
-        down = 100 - y.at(by["auc"])
-        best = int(np.argmax(by["auc"]))
-        chance = float(100 - y.at(0.5))
+    dots = lambda style, values, down: [
+        (style, *at(across, down, i), f"{levels[i]:g}: {value:.4g}") for i, value in enumerate(values)
+    ]
+    if what == "loss":
+        train, val = np.asarray(by["train_loss"], float), np.asarray(by["val_loss"], float)
+        y = axis(0, round_top([train.max(), val.max()]), "mean denoising loss")
+        apart = int(np.argmax(np.abs(train - val)))
+        ends = [("unseen", "unseen patients", val), ("synthetic", "training patients", train)]
         return Chart(
-            "ROC area of the membership test by noise level, with 95 % intervals; 0.5 is guessing",
+            "Mean denoising loss of training and of unseen patients by noise level",
             x,
             y,
-            [Label("synthetic", f"highest: {by['auc'][best]:.3f} at {levels[best]:g}", *at(across, down, best))],
-            [("synthetic", ribbon(across, 100 - y.at(interval[:, 0]), 100 - y.at(interval[:, 1])))],
-            [
-                ("chance", polyline(np.array([0, 100]), np.array([chance, chance]))),
-                ("synthetic", polyline(across, down)),
-            ],
-            dots=[
-                ("synthetic", *at(across, down, i), f"{levels[i]:g}: {by['auc'][i]:.3f}") for i in range(len(levels))
-            ],
+            [Label(style, text, *at(across, 100 - y.at(loss), apart)) for style, text, loss in ends],
+            lines=[(style, polyline(across, 100 - y.at(loss))) for style, _, loss in ends],
+            dots=[dot for style, _, loss in ends for dot in dots(style, loss, 100 - y.at(loss))],
             height=190,
         )
-    train, val = np.asarray(by["train_loss"], float), np.asarray(by["val_loss"], float)
-    y = axis(0, round_top([train.max(), val.max()]), "mean denoising loss")
-    apart = int(np.argmax(np.abs(train - val)))
-    ends = [("unseen", "unseen patients", val), ("synthetic", "training patients", train)]
+    values, interval = np.asarray(by[what], float), np.asarray(by[f"{what}_ci"], float)
+    if what == "auc":
+        y = axis(min(0.4, float(interval.min())), max(1.0, float(interval.max())), "ROC area")
+        nothing, says = 0.5, "ROC area of the membership test by noise level; 0.5 is guessing"
+    else:
+        reach = max(float(interval.max()), 0.0) - min(float(interval.min()), 0.0)
+        y = axis(
+            min(float(interval.min()), 0.0), max(float(interval.max()), 0.0) + 0.05 * reach, "gap of denoising losses"
+        )
+        nothing, says = 0.0, "Denoising loss of unseen minus training patients by noise level"
+    down, level = 100 - y.at(values), float(100 - y.at(nothing))
+    most = int(np.argmax(values))
+    labels = [Label("synthetic", f"highest: {values[most]:.3g} at {levels[most]:g}", *at(across, down, most))]
+    lines = [("chance", f"M0 {level:.2f}H100")]
+    control = (by.get("control") or {}).get(what)
+    if control:
+        lines.append(("control", polyline(across, 100 - y.at(control))))
+        labels.append(Label("control", "control: unseen against unseen", *at(across, 100 - y.at(control), -1)))
     return Chart(
-        "Mean denoising loss of training and of unseen patients by noise level",
+        says,
         x,
         y,
-        [Label(style, text, *at(across, 100 - y.at(loss), apart)) for style, text, loss in ends],
-        lines=[(style, polyline(across, 100 - y.at(loss))) for style, _, loss in ends],
-        dots=[
-            (style, *at(across, 100 - y.at(loss), i), f"{text}, {levels[i]:g}: {loss[i]:.4g}")
-            for style, text, loss in ends
-            for i in range(len(levels))
-        ],
+        labels,
+        [("synthetic", ribbon(across, 100 - y.at(interval[:, 0]), 100 - y.at(interval[:, 1])))],
+        [*lines, ("synthetic", polyline(across, down))],
+        dots=dots("synthetic", values, down),
         height=190,
     )
 

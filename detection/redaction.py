@@ -20,7 +20,7 @@ SECTIONS = frozenset((
 ))
 # fmt: on
 ENVIRONMENT = frozenset(("git_commit", "python", "versions", "devices", "processes"))
-RELEASE = frozenset(("n_kept", "n_flagged", "n_removed_with_them", "quality", "again"))
+RELEASE = frozenset(("n_kept", "n_flagged", "n_removed_with_them", "quality", "again", "verdict"))
 PATH = re.compile(
     r"""
       (?<=['"])(?:~?/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)[^'"\n]*(?=['"])  # '/home/ann smith/x', quoted
@@ -109,7 +109,7 @@ def scrubber(result: Mapping[str, Any], pairs: Sequence[Any]) -> Callable[[str],
     words = "|".join(re.escape(text) for text in longest_first if not text.isdigit()) or r"(?!)"
     digits = "|".join(re.escape(text) for text in longest_first if text.isdigit()) or r"(?!)"
     word = re.compile(rf"(?<!\w)(?:{words})(?!\w)")
-    digit = re.compile(rf"\b(patients?|subjects?|images?|ids?|scans?)(\W+)(?:{digits})(?!\w)", re.IGNORECASE)
+    digit = re.compile(rf"\b(patients?|subjects?|images?|ids?|scans?)([\s:=#'\x22]+)(?:{digits})(?!\w)", re.IGNORECASE)
 
     def hide(text: str) -> str:
         return PATH.sub(REMOVED, digit.sub(rf"\1\2{REMOVED}", word.sub(REMOVED, text)))

@@ -15,12 +15,22 @@ import numpy as np
 import PIL.Image
 from markupsafe import Markup
 
-from detection import charts, figures, redaction
+from detection import charts, figures, redaction, verdict
 from launch import checkpoint
 
 BYTES = 2_000_000  # of all pictures together, before base64 makes a third more of them
 MOST_PATIENTS = 60  # rows of the table of patients
 FULL_DIFFERENCE = 1.0  # half of the grey range has the deepest colour
+UNITS = {  # of the strengths of the planted copies, where a row names none
+    "rotation": "degrees",
+    "shift": "of the side",
+    "scale": "times",
+    "crop": "kept",
+    "gamma": "exponent",
+    "bias": "log field",
+    "noise": "deviation",
+    "blur": "pixels",
+}
 
 
 class Pair(NamedTuple):
@@ -34,6 +44,33 @@ class Pair(NamedTuple):
     similarity: float
     p_value: float
     flagged: bool
+
+
+def top_pairs(
+    synthetic: Any, train: Any, nearest_K: np.ndarray, sim_K: np.ndarray, p_K: np.ndarray, flagged_K: np.ndarray, n: int
+) -> list[Pair]:
+    """The n most similar pairs of the sets `synthetic` and `train` (`images`, `ids`, `patients`), most similar first.
+
+    Args:
+      nearest_K: index of the nearest training image of each synthetic image; sim_K, p_K, flagged_K: what is said of it.
+    """
+    pairs = []
+    for i in np.argsort(-sim_K, kind="stable")[:n]:
+        j = int(nearest_K[i])
+        names = str(synthetic.ids[i]), str(train.ids[j]), str(train.patients[j])
+        images = np.asarray(synthetic.images[int(i)]), np.asarray(train.images[j])
+        pairs.append(Pair(*images, *names, float(sim_K[i]), float(p_K[i]), bool(flagged_K[i])))
+    return pairs
+
+
+def copied_patients(patients_K: np.ndarray, flagged_K: np.ndarray) -> list[dict[str, Any]]:
+    """`patients` of `audit.json`: whom flagged images point at and how many do, most first, then by id.
+
+    Args:
+      patients_K: patient of the nearest training image of each synthetic image.
+    """
+    names, counts = np.unique(np.asarray(patients_K)[np.asarray(flagged_K, bool)], return_counts=True)
+    return [{"patient": str(names[i]), "n_copies": int(counts[i])} for i in np.argsort(-counts, kind="stable")]
 
 
 def write(path: Path, result: Mapping[str, Any], pairs: Sequence[Pair], *, redact: bool, title: str) -> None:
@@ -70,6 +107,8 @@ def render(result: Mapping[str, Any], pairs: Sequence[Pair], *, redact: bool, ti
         rates=charts.rates(result),
         ranked=sorted(enumerate(result.get("patients") or []), key=lambda row: -row[1]["n_copies"]),
         most_patients=MOST_PATIENTS,
+        units=UNITS,
+        doubt=verdict.DOUBT,
         flat=flat,
         **readers(result),
     )
@@ -160,7 +199,7 @@ def flat(tree: Mapping[str, Any], prefix: tuple = ()) -> list[tuple[tuple, Any]]
 # ---- pictures
 
 
-def picture(pair: Pair, n: int, redact: bool, verdict: str | None) -> dict[str, Any]:
+def picture(pair: Pair, n: int, redact: bool, word: str | None) -> dict[str, Any]:
     """A pair for the template: images as data URIs, or None where they are withheld.
 
     Redacted: the training image and the difference (which, added to the synthetic image, gives it) never. The
@@ -169,7 +208,7 @@ def picture(pair: Pair, n: int, redact: bool, verdict: str | None) -> dict[str, 
     """
     pixels = BYTES // (3 * max(n, 1))  # a byte a pixel is the most that a grey or indexed PNG takes, near enough
     synthetic, nearest = figures.planes(pair.synthetic), figures.planes(pair.nearest)
-    shown = not redact or (verdict == "PASS" and not pair.flagged)
+    shown = not redact or (word == "PASS" and not pair.flagged)
     grey = lambda x: data_uri((np.clip(x, -1, 1) + 1) / 2, pixels)
     return {
         **pair._asdict(),

@@ -7,22 +7,22 @@ import numpy as np
 from detection import report
 
 KINDS = {
-    "identity": ["-"],
-    "flip": ["left-right"],
-    "rotation": [3.0, 5.0, 10.0],
-    "shift": [1.0, 2.0, 4.0],
-    "scale": [1.04, 1.08],
-    "crop": [0.05, 0.1],
-    "gamma": [0.8, 1.25],
-    "bias field": [0.2, 0.4],
-    "noise": [0.02, 0.05, 0.1],
-    "blur": [0.5, 1.0, 2.0],
-    "JPEG-like": [50.0, 20.0],
-    "autoencoder round trip": ["once"],
-    "re-noised": [0.1, 0.3, 0.5, 0.7],
-    "all of them": ["weak", "strong"],
+    "identity": [0.0],
+    "flip": [1.0],
+    "rotation": [4.0, 8.0],
+    "shift": [0.06, 0.12],
+    "scale": [1.08, 0.92, 1.15],
+    "crop": [0.9, 0.8],
+    "gamma": [1.4, 0.7, 2.0],
+    "bias": [0.3, 0.6],
+    "noise": [0.05, 0.1, 0.2],
+    "blur": [1.0, 2.0],
+    "combined": [1.0],
+    "autoencoder": [1.0],
+    "re-noised": [0.2, 0.4, 0.6, 0.8],
+    "JPEG-like": ["weak", "strong"],
 }
-UNITS = {"rotation": "degrees", "shift": "pixels", "blur": "pixels"}
+UNITS = {"re-noised": "t / T"}
 
 
 def around(rate, n, rng):
@@ -76,8 +76,6 @@ def measured(found, seed=0):
             "n_mem": patients,
             "n_mem_patients": patients,
             "smallest_p_value": 1 / (1 + m),
-            "smallest_flaggable_copy_rate": 0.125,
-            "copy_rate_found_in_80_percent": 0.1483726501,
         },
         "negative_control": {
             "n": c,
@@ -128,11 +126,34 @@ def complete(result, found, verdict="FAIL", seed=0):
         "policy": {"max_copy_rate": 0.01, "max_patients": 0, "min_recall": 0.9, "min_power": 0.8},
         **result,
         "caveats": ["a caveat of the data"],
-        "paper": {**result["paper"], "mem_rate_size_matched": 0.8812},
+        "paper": {
+            **result["paper"],
+            "mem_rate_size_matched": 0.8812,
+            "mem_rate_size_matched_ci": [0.7551, 0.9614],
+            "mem_rate_size_matched_extrapolated": False,
+        },
         "calibrated": {
             **result["calibrated"],
+            "n_mem_ci": [33.4, 42.1],
+            "n_mem_patients_ci": [32.9, 41.7],
+            "size_matched_to": 160,
+            "size_matched_extrapolated": True,
+            "n_mem_size_matched": 37.83,
+            "n_mem_size_matched_ci": [32.14, 41.27],
             "n_mem_patients_size_matched": 36.41,
-            "tail": {"shape": -0.1134, "scale": 0.0212, "level": 0.9},
+            "n_mem_patients_size_matched_ci": [31.52, 40.33],
+            "tail": {
+                "method": "EXTRAPOLATION along a generalised Pareto tail that ends at similarity 1",
+                "refused": None,
+                "threshold": 0.8412,
+                "n_patients_above": 25.0,
+                "exponent": 3.417,
+                "exponent_ci": [2.211, 4.883],
+                "heavier_p_value": 0.4321,
+                "smallest_p_value": 3.17e-05,
+                "n_copies": 118,
+                "n_copies_cautious": 112,
+            },
         },
         "rendering": {
             **result["rendering"],
@@ -142,13 +163,17 @@ def complete(result, found, verdict="FAIL", seed=0):
         "power": {
             "min_detectable_copy_rate": 0.1562,
             "smallest_flaggable_copy_rate": 0.125,
-            "recall": 0.9474,
             "probability": 0.8,
+            "at_max_copy_rate": 0.0213,
+            "n": 40,
+            "recall": 0.9474,
+            "recall_ci": [0.9108, 0.9714],
         },
         "positive_control": [
             {
                 "kind": kind,
                 "strength": strength,
+                "standard": i == 0,
                 "n": 64,
                 "recall": (recall := float(np.clip(0.995 - 0.35 * i * rng.random(), 0, 1))),
                 "recall_ci": around(recall, 64, rng),
@@ -163,7 +188,9 @@ def complete(result, found, verdict="FAIL", seed=0):
                 "auc": area,
                 "auc_ci": [area - 0.008, min(area + 0.006, 1.0)],
                 "recall_at_fpr_01": at_1,
+                "recall_at_fpr_01_ci": around(at_1, 64, rng),
                 "recall_at_fpr_05": at_5,
+                "recall_at_fpr_05_ci": around(at_5, 64, rng),
                 "n_flagged": n_flagged,
                 "agreement": agreement,
             }
@@ -187,14 +214,25 @@ def complete(result, found, verdict="FAIL", seed=0):
             "images_ci": images[1],
             "patients": patients[0],
             "patients_ci": patients[1],
-            "unseen_images": {"estimate": 2.4, "ci": [0.3, 11.9]},
-            "unseen_patients": {"estimate": 1.2, "ci": [0.1, 8.7]},
+            "unseen_images": {"estimate": 2.4, "ci": [0.3, 11.9], "without_false_flags": 1.1},
+            "unseen_patients": {"estimate": 1.2, "ci": [0.1, 8.7], "without_false_flags": 0.6},
             "extrapolated": [d > k for d in draws],
         },
         "membership": {
             "levels": levels,
             "train_loss": [loss * (1 - 0.5 * (a - 0.5)) for loss, a in zip(val_loss, auc, strict=True)],
             "val_loss": val_loss,
+            "gap": [loss * 0.5 * (a - 0.5) for loss, a in zip(val_loss, auc, strict=True)],
+            "gap_ci": [
+                [loss * 0.5 * (a - 0.5) - 0.03 * loss, loss * 0.5 * (a - 0.5) + 0.03 * loss]
+                for loss, a in zip(val_loss, auc, strict=True)
+            ],
+            "p_value": 0.001,
+            "control": {
+                "auc": [0.5 + 0.03 * np.sin(9 * t) for t in levels],
+                "auc_ci": [[0.44, 0.56] for _ in levels],
+                "p_value": 0.4371,
+            },
             "auc": auc,
             "auc_ci": [[a - 0.05, a + 0.05] for a in auc],
             "best": {
@@ -205,11 +243,17 @@ def complete(result, found, verdict="FAIL", seed=0):
                 "recall_at_fpr_01_ci": [0.0571, 0.2984],
                 "recall_at_fpr_05": 0.3313,
                 "recall_at_fpr_05_ci": [0.1867, 0.4911],
+                "fpr_01_ci": [0.0, 0.0451],
+                "fpr_05_ci": [0.0138, 0.1223],
+                "n_train_patients": 20,
+                "n_val_patients": 80,
             },
             "n_train": 40,
             "n_val": 160,
             "n_train_patients": 40,
             "n_val_patients": 160,
+            "n_control": 120,
+            "n_control_patients": 120,
         },
         "release": {
             "folder": "/srv/hospital/ann/runs/brain/release",
@@ -231,9 +275,22 @@ def complete(result, found, verdict="FAIL", seed=0):
                 },
             },
             "again": [
-                {"space": "detector of another seed", "n_copies": 0, "copy_rate": 0.0, "copy_rate_ci": [0.0, 0.2849]},
-                {"space": "pixel correlation", "n_copies": 1, "copy_rate": 0.0909, "copy_rate_ci": [0.0023, 0.4128]},
+                {
+                    "space": space,
+                    "n_copies": n_copies,
+                    "n_mem_patients": n_copies,
+                    "copy_rate": rate,
+                    "copy_rate_ci": ci,
+                    "recall": recall,
+                    "verdict": word,
+                    "reasons": [f"why {space} says so"],
+                }
+                for space, n_copies, rate, ci, recall, word in (
+                    ("detector of another seed", 0, 0.0, [0.0, 0.2849], 0.9311, "INCONCLUSIVE"),
+                    ("pixel correlation", 1, 0.0909, [0.0023, 0.4128], 0.4127, "FAIL"),
+                )
             ],
+            "verdict": "FAIL",
         },
         "patients": [
             {"patient": str(name), "n_copies": int(count)}
