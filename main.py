@@ -68,8 +68,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
         images,
         held_out,
         **pipeline,
+        patients=(sets["train"].patients, sets["select"].patients),
         augment=augmentation(config.augment.diffusion),
         key=key(config, 1),
+        guard=config.train.guard,
         **config.train.diffusion.to_dict(),
     )
     train_detector(config, workdir / "detector", sets, purpose=2)
@@ -169,7 +171,7 @@ def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -
 # ---- what of the config a stage is made of
 
 AUTOENCODER = ("autoencoder", "augment.autoencoder", "train.autoencoder")
-GENERATOR = (*AUTOENCODER, "unet", "diffusion", "augment.diffusion", "train.diffusion")
+GENERATOR = (*AUTOENCODER, "unet", "diffusion", "augment.diffusion", "train.diffusion", "train.guard")
 
 
 def build_generator(config: ConfigDict, workdir: Path) -> ldm.Generator:
@@ -206,6 +208,8 @@ def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...
     """Refuses a folder made with other settings of these sections, of the data or of the seed."""
     flat = stage.flatten(config.to_dict())
     flat |= dict.fromkeys(("data.cache", "data.workers", "data.beam", "sample.batch"))  # these change no result
+    if config.train.guard != "stop":
+        flat["train.guard"] = None  # it changes none either
     mine = ("seed", "data", *sections)
     stage.claim(folder, {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}, grow)
 

@@ -120,6 +120,10 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     train.detector = ConfigDict({"steps": 200, "batch": 32, "optimiser": adam, **run})
 
+    # what to do when the diffusion stage denoises unseen images worse than training images, beyond chance: 'warn' says so
+    # and keeps the last averages before it in diffusion/last_safe; 'stop' also ends there and samples those; 'off'
+    train.guard = "warn"
+
     # ---- sampling and audit
     config.sample = ConfigDict(
         {
@@ -181,7 +185,7 @@ def shrink(config: ConfigDict) -> None:
     config.autoencoder.update(widths=(8, 16), strides=(2,), latent=4)
     config.unet.update(width=16)
     config.detector.update(widths=(8, 16), blocks=(1, 1), dim=16)
-    for stage in config.train.values():
+    for stage in (config.train.autoencoder, config.train.diffusion, config.train.detector):
         stage.update(steps=8, batch=8, eval_every=4, save_every=4, log_every=2)
     config.sample.update(n=12, batch=8, steps=4)
     config.audit.update(batch=8, pairs=4, planted=8)

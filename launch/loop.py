@@ -107,6 +107,7 @@ def fit(
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     held_out: Callable[[], Iterable[Any]] | None = None,
     select: bool = False,
+    on_eval: Callable[[int, State], tuple[dict[str, float], bool]] | None = None,
     save_every: int = 500,
     eval_every: int = 250,
     log_every: int = 20,
@@ -120,9 +121,11 @@ def fit(
       ema: decays of the moving averages to keep.
       prepare: jitted `prepare(batch, key) -> batch` run on the device before the step (frozen models, augmentation).
       held_out: yields global batches whose mean loss is reported as `held_out_loss` every `eval_every` steps.
+      on_eval: `on_eval(step, state) -> (metrics, halt)` after each measurement of the held-out loss, on every process;
+        `halt` ends training at that step, checkpoint saved.
       select: keep the parameters with the best held-out loss in `State.best`.
     Returns:
-      The state after the last step.
+      The state after the last step, or after the one at which `on_eval` halted.
     Raises:
       FloatingPointError: on a non-finite loss, naming the step and the last good checkpoint.
       SystemExit: with code 0 after SIGTERM to any of the processes, once all have saved the same step; the same command
@@ -175,6 +178,7 @@ def fit(
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
                     metrics.window.clear()
 
+        halted = False
         for step, batch in zip(range(start, steps), batches(start), strict=False):
             batch = mesh.put(batch)
             if prepare:
@@ -189,7 +193,9 @@ def fit(
                 loss = jnp.stack(losses).mean()
                 if select:
                     state = best_fn(state, loss)
-                metrics.write(done, {"held_out_loss": float(loss)})
+                values, halted = on_eval(done, state) if on_eval else ({}, False)
+                metrics.write(done, {"held_out_loss": float(loss), **values})
+                stop = stop or halted
             if done % save_every == 0 or stop:
                 collect(waiting=0)
                 metrics.keep_window(done)
@@ -199,7 +205,7 @@ def fit(
         bar.close()
         metrics.close()
         checkpoints.wait_until_finished()
-        if done < steps:
+        if done < steps and not halted:
             log.say(f"{name}: told to stop; saved at step {done}. The same command goes on from there.")
             raise SystemExit(0)
         return state

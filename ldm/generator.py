@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import checkpoint, log, loop, mesh, stage
-from ldm import autoencoder, diffusion, samplers, unet
+from ldm import autoencoder, diffusion, look, samplers, unet
 
 ENCODE_BATCH = 64
 
@@ -175,20 +175,29 @@ def train_diffusion(
     *,
     batches: Callable,
     in_order: Callable,
+    patients: tuple[np.ndarray, np.ndarray],
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None,
     key: jax.Array,
     batch: int,
     optimiser: dict,
     ema: tuple[float, ...],
+    guard: str,
     **fit: Any,
 ) -> None:
     """Second stage: trains the UNet on the latents and publishes its averages in `workdir/diffusion`.
+
+    At every evaluation it is looked at (`look.watch`), and `guard` may end it: then the last averages before the gap
+    opened are published.
+
+    Args:
+      patients: of `images` and of `held_out`.
 
     Augmentation (`augment(key, x) -> x`) acts on images and is followed by the encoder in every step: stored latents
     of one view would make it a no-op. Without augmentation the posteriors of `encode_set` say the same, far cheaper.
     """
     folder = generator.workdir / "diffusion"
-    if checkpoint.published(folder) == fit["steps"]:
+    look.check(guard)
+    if checkpoint.published(folder) == fit["steps"] or publish_safe(generator, guard, ema):
         return
     params = load_autoencoder(generator)
     mean, std = moments(generator)
@@ -213,9 +222,84 @@ def train_diffusion(
         ema=tuple(ema),
         prepare=prepare,
         held_out=lambda: encoded,
+        on_eval=watch(generator, images, held_out, patients, params, in_order=in_order, ema=ema, guard=guard, **fit),
         **fit,
     )
-    checkpoint.publish(folder, fit["steps"], state.ema)
+    if not publish_safe(generator, guard, ema):
+        checkpoint.publish(folder, fit["steps"], state.ema)
+
+
+def watch(
+    generator: Generator,
+    images: Sequence,
+    held_out: Sequence,
+    patients: tuple[np.ndarray, np.ndarray],
+    params: Any,
+    *,
+    in_order: Callable,
+    ema: tuple[float, ...],
+    guard: str,
+    eval_every: int,
+    **_: Any,
+) -> Callable[[int, loop.State], tuple[dict[str, float], bool]]:
+    """`look.watch` of this generator; `params` are the autoencoder's."""
+    mean, std = moments(generator)
+    encode = jax.jit(lambda params, x: generator.autoencoder.encode(params, x).mu)
+    normalise = lambda mu: (mu - np.asarray(mean)) / np.asarray(std)
+    mu_train = np.load(latents_folder(generator) / "mu.npy", mmap_mode="r")
+    of_train, of_held_out = (look.one_per_patient(p) for p in patients)
+    chosen = [held_out[i] for i in of_held_out]
+    batch = -(-min(len(chosen), ENCODE_BATCH) // mesh.size()) * mesh.size()
+    mu_held_out = np.concatenate(list(mesh.stream(lambda x: encode(params, x), in_order(chosen, batch))))
+
+    @jax.jit
+    def draw(unet: Any, params: Any, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(numbers)
+        shape = generator.autoencoder.latent_shape
+        z = samplers.sample(generator.denoiser, unet, keys, shape, sampler="ddim", steps=look.STEPS)
+        return jnp.clip(generator.autoencoder.decode(params, z * std + mean), -1.0, 1.0), z
+
+    return look.watch(
+        denoiser=generator.denoiser,
+        draw=lambda unet, numbers: draw(unet, params, numbers),
+        sides=look.Sides(normalise(mu_train[of_train]), normalise(mu_held_out)),
+        latents=mu_train,
+        normalise=normalise,
+        images=images,
+        in_order=in_order,
+        folder=generator.workdir / "diffusion",
+        average=str(ema[0]) if ema else None,
+        every=eval_every,
+        guard=guard,
+        key=jax.random.key(1),
+    )
+
+
+def publish_safe(generator: Generator, guard: str, decays: tuple[float, ...]) -> bool:
+    """Where training is to stop at the gap and the gap has opened: publishes the last averages before it.
+
+    Raises:
+      ValueError: if the gap was open at the first look already.
+    """
+    folder = generator.workdir / "diffusion"
+    opened = look.opened(folder)
+    if guard != "stop" or opened is None:
+        return False
+    if opened["last_safe"] is None:
+        raise ValueError(
+            f"{folder}: memorization showed at the first look, step {opened['opened_at']}; look earlier with a smaller "
+            "config.train.diffusion.eval_every and another --workdir"
+        )
+    if checkpoint.published(folder) != opened["last_safe"]:
+        checkpoint.publish(folder, opened["last_safe"], averages(generator, decays, folder / "last_safe"))
+        log.say(f"diffusion: stopped; step {opened['last_safe']} is what will be sampled")
+    return True
+
+
+def averages(generator: Generator, decays: tuple[float, ...], folder: Path) -> dict[str, Any]:
+    """The published moving averages in `folder`, by decay."""
+    one = jax.eval_shape(generator.init_unet, jax.random.key(0))
+    return checkpoint.load(folder, {str(decay): one for decay in decays})
 
 
 def load(generator: Generator, *, ema: float, decays: tuple[float, ...]) -> Weights:
@@ -226,9 +310,8 @@ def load(generator: Generator, *, ema: float, decays: tuple[float, ...]) -> Weig
     """
     if ema not in decays:
         raise ValueError(f"config.sample.ema={ema}: training keeps config.train.diffusion.ema={tuple(decays)}")
-    one = jax.eval_shape(generator.init_unet, jax.random.key(0))
-    averages = checkpoint.load(generator.workdir / "diffusion", {str(decay): one for decay in decays})
-    return Weights(load_autoencoder(generator), averages[str(ema)], *moments(generator))
+    unet_ = averages(generator, decays, generator.workdir / "diffusion")[str(ema)]
+    return Weights(load_autoencoder(generator), unet_, *moments(generator))
 
 
 def sampler(

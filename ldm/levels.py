@@ -21,7 +21,7 @@ def losses(
       keys_B: each image's own randomness; its noises are `fold_in` of it, whatever else is in the batch.
       levels: t / T, each in (0, 1).
     """
-    T = len(denoiser.alpha_bar_T)
+    T = denoiser.T
     times = np.repeat(np.clip(np.round(np.asarray(levels) * T).astype(int), 0, T - 1), draws)
 
     def one(job: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 
 from ldm import autoencoder, diffusion, generator, levels
 
-A = diffusion.alpha_bar("cosine", 100)
+A = diffusion.schedule("cosine", 100)
 LEVELS = (0.1, 0.5, 0.9)
 
 
@@ -29,8 +29,8 @@ def knows(z_known):
     """A denoiser of 'x0' that answers with the nearest latent it knows."""
 
     def apply(params, z_t, t, key):
-        a = jnp.sqrt(jnp.asarray(A)[jnp.round(t * 100).astype(int)]).reshape(-1, *(1,) * (z_t.ndim - 1))
-        gaps = ((z_t / a)[:, None] - z_known[None]) ** 2
+        c = diffusion.at(A, jnp.round(t * 100).astype(int), z_t.ndim - 2)
+        gaps = ((z_t / c.alpha)[:, None] - z_known[None]) ** 2
         return z_known[gaps.reshape(*gaps.shape[:2], -1).sum(-1).argmin(1)]
 
     return diffusion.Denoiser(apply, A, "x0")

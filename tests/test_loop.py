@@ -219,3 +219,17 @@ def test_stream_drops_the_padding():
     padded = [(rows[:8], 8), (np.concatenate([rows[8:], np.zeros((6, 2), np.float32)]), 2)]
     out = np.concatenate(list(mesh.stream(jax.jit(lambda x: 2 * x), padded)))
     np.testing.assert_array_equal(out, 2 * rows)
+
+
+def test_on_eval_adds_metrics_and_may_halt(tmp_path):
+    seen = []
+
+    def on_eval(step, state):
+        seen.append((step, int(state.step)))
+        return {"looked": float(step)}, step == 8
+
+    state = run(tmp_path, eval_every=4, on_eval=on_eval)
+    assert seen == [(4, 4), (8, 8)] and int(state.step) == 8
+    lines = [log.json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["looked"] for line in lines if "held_out_loss" in line] == [4, 8]
+    assert (tmp_path / "checkpoints" / "8").is_dir()
