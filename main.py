@@ -5,7 +5,7 @@ python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=run
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ import detection
 import ldm
 from data import augment, copies, export
 from launch import log, machine, mesh, stage
-from ldm import imagenet
+from ldm import controls, imagenet
 
 PER_IMAGE = (
     "every image counts as a patient of its own (data.patients='per_image'): if patients have several images, "
@@ -80,22 +80,35 @@ def train(config: ConfigDict, workdir: Path) -> None:
 def sample(config: ConfigDict, workdir: Path) -> None:
     """Image files `samples/000000.png` and on; those that exist are kept."""
     folder, rank = workdir / "samples", len(config.data.size)
-    generator = build_generator(config, workdir)
-    weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
+    draw, source = drawing(config, build_generator(config, workdir))
     claim(config, folder, *GENERATOR, "sample", grow=("sample.n",))
-    how = {name: config.sample[name] for name in ("sampler", "steps", "eta")}
-    draw = ldm.sampler(generator, weights, key=key(config, 3), **how)
-    paths = [folder / f"{i:06d}{export.suffix(rank)}" for i in range(config.sample.n)]
+    paths = [folder / f"{i:06d}{export.suffix(rank)}" for i in range(len(source))]
     missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
-    with log.progress("sampling", config.sample.n, config.sample.n - len(missing), unit="image") as bar:
+    if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
+        missing = np.arange(len(paths))
+    items = source if len(missing) == len(paths) else source[missing] if len(missing) else []
+    with log.progress("sampling", len(paths), len(paths) - len(missing), unit="image") as bar:
         done = 0
-        for images in mesh.stream(draw, data.in_order(missing, config.sample.batch)):
+        for images in mesh.stream(draw, data.in_order(items, config.sample.batch)):
             for number, image in zip(missing[done:], images, strict=False):
                 if jax.process_index() == 0:
                     export.write_image(paths[number], image)
             done += len(images)
             bar.update(len(images))
     stage.barrier("samples")
+
+
+def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Sequence]:
+    """A jitted function, and the items that it makes samples of: numbers, or for a control the held-out images."""
+    how = {name: config.sample[name] for name in ("sampler", "steps", "eta")} | {"key": key(config, 3)}
+    control = config.sample.control
+    if control == "held_out":
+        return ldm.round_trip(generator), data.load(**config.data.to_dict())["control"].images
+    if control:
+        controls.check(control)
+        return ldm.sampler(*ldm.optimal(generator), **how), np.arange(config.sample.n, dtype=np.int32)
+    weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
+    return ldm.sampler(generator, weights, **how), np.arange(config.sample.n, dtype=np.int32)
 
 
 def audit(config: ConfigDict, workdir: Path) -> int:

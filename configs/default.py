@@ -134,6 +134,9 @@ def get_config(variant: str = "") -> ConfigDict:
             "steps": 50,  # at most diffusion.steps
             "eta": 0.0,  # of 'ddim': noise put back, from 0 (none) to 1 ('ddpm')
             "ema": 0.999,  # which of train.diffusion.ema
+            # in place of the trained generator, one whose memorization is known: 'optimal', the optimal denoiser of the
+            # training set, draws nothing else; 'held_out', the control split through the autoencoder, memorizes nothing
+            "control": config_dict.placeholder(str),
         }
     )
     config.audit = ConfigDict(

@@ -6,6 +6,7 @@ from ldm.generator import (
     build,
     encode_set,
     load,
+    optimal,
     round_trip,
     sampler,
     train_autoencoder,

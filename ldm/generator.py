@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import checkpoint, log, loop, mesh, stage
-from ldm import autoencoder, diffusion, look, samplers, unet
+from ldm import autoencoder, controls, diffusion, look, samplers, unet
 
 ENCODE_BATCH = 64
 
@@ -312,6 +312,16 @@ def load(generator: Generator, *, ema: float, decays: tuple[float, ...]) -> Weig
         raise ValueError(f"config.sample.ema={ema}: training keeps config.train.diffusion.ema={tuple(decays)}")
     unet_ = averages(generator, decays, generator.workdir / "diffusion")[str(ema)]
     return Weights(load_autoencoder(generator), unet_, *moments(generator))
+
+
+def optimal(generator: Generator) -> tuple[Generator, Weights]:
+    """A control: the generator with the optimal denoiser of its training latents (`controls.optimal`) for a UNet. It
+    memorizes everything."""
+    mean, std = moments(generator)
+    mu = np.load(latents_folder(generator) / "mu.npy", mmap_mode="r")
+    known = controls.known((mu - np.asarray(mean)) / np.asarray(std))
+    denoiser = controls.optimal(generator.denoiser.schedule)
+    return generator._replace(denoiser=denoiser), Weights(load_autoencoder(generator), known, mean, std)
 
 
 def sampler(
