@@ -35,7 +35,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # an image of another shape: 'pad' or 'crop' to the aspect of `size` and resample; 'stretch'; or 'exact': cropped and
     # padded about the centre, voxel for voxel
     data.fit = "pad"
-    data.spacing = config_dict.placeholder(tuple)  # mm for each axis of `size`: resample to it, then fit; None: as it is
+    # mm for each axis of `size`: resample to that, then fit, in one step; None: the file's own voxels
+    data.spacing = config_dict.placeholder(tuple)
     # 2D images of volumes: 'AXIS:START:STOP:EVERY', as 'z', 'z:40:80', 'x:25%:75%:2'; z axial, y coronal, x sagittal
     data.slices = config_dict.placeholder(str)
     # sub-volumes of `size` instead of whole volumes: a CSV with path,z,y,x of their centres and, if wanted, name,unit
@@ -45,7 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data.on_error = "raise"  # or 'skip': unreadable files are counted and left out
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
     data.workers = config_dict.placeholder(int)  # processes that read files; None: one for each core
-    data.beam = config_dict.placeholder(str)  # Apache Beam reads them instead, with these options: '--runner=DirectRunner'
+    # Apache Beam reads them instead, with these options: '--runner=DirectRunner --direct_num_workers=4'
+    data.beam = config_dict.placeholder(str)
     data.splits = config_dict.placeholder(str)  # 'hash': by `fractions` alone; None: splits that the data brings win
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)

@@ -132,7 +132,9 @@ def _pixels(path: str, file) -> np.ndarray:
     name = file.file_meta.TransferSyntaxUID.name
     if name.startswith(("JPEG Lossless", "JPEG Extended")):
         return sandbox.call(_by_gdcm, path)
-    file.pixel_array_options(decoding_plugin=next((DECODERS[start] for start in DECODERS if name.startswith(start)), ""))
+    file.pixel_array_options(
+        decoding_plugin=next((DECODERS[start] for start in DECODERS if name.startswith(start)), "")
+    )
     return file.pixel_array
 
 

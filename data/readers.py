@@ -2,9 +2,11 @@
 
 import functools
 import glob
+import io
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,14 +31,16 @@ class Refused(Exception):
     """A file we can read and do not take; the message says why and the mend, without the path."""
 
 
-BOMB = 4 << 20  # bytes that any file may unpack to
-RATIO = 2000  # beyond that, so many times its size: deflate reaches 1030
+BOMB = 16 << 20  # bytes that any file may unpack to
+RATIO = 200  # beyond that, so many times its size; deflate reaches 1030 on a constant
 
 
 def plausible(count: float, path: str, size: float | None = None) -> None:
     """Refuses a header that promises more bytes than a file of its size holds, before memory is asked for."""
     if not 0 <= count <= max(BOMB, RATIO * (os.path.getsize(path) if size is None else size)):
-        raise Refused("its header promises more than a file of this size holds: damaged or a bomb; remove it")
+        raise Refused(
+            "its header promises more than a file of this size holds: damaged or a bomb; remove it, or save it uncompressed"
+        )
 
 
 def typed(array: np.ndarray, channels: bool, **known) -> Pixels:
@@ -70,7 +74,8 @@ def _pillow(path: str, item: str = "") -> Pixels:
         if image.width * image.height > PIL.Image.MAX_IMAGE_PIXELS:
             raise Refused("is larger than any radiograph; remove it, or reduce it first")
         if image.mode in ("LA", "RGB", "RGBA") and image.tile and "16" in str(image.tile[0][3]):
-            return _itk(path)  # Pillow would keep only the upper 8 of these 16 bits
+            # Pillow would keep only the upper 8 of these 16 bits.
+            return _grey_alpha(path) if image.tile[0][3] == "LA;16B" else _itk(path)
         if image.format == "TIFF" and image.info.get("compression") == "raw" and image.getexif().get(0x0112, 1) > 4:
             raise Refused("is stored lying on its side, which Pillow garbles; save it upright")
         count, raw = getattr(image, "n_frames", 1), image.info.get("compression") == "raw" and image.mode != "1"
@@ -89,6 +94,18 @@ def _pillow(path: str, item: str = "") -> Pixels:
             frames.append(np.asarray(frame, np.uint16 if frame.mode == "I" and image.format == "PNG" else None))
     array = frames[0] if len(frames) == 1 else np.stack(frames)
     return typed(array, channels=frame.mode in ("LA", "RGB", "RGBA"))
+
+
+def _grey_alpha(path: str) -> Pixels:
+    """16-bit grey with alpha, which SimpleITK cannot read: a PNG keeps it in the same bytes as 8-bit RGBA."""
+    import PIL.Image
+
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    content[24:26] = 8, 6  # bit depth and colour type of the header, then its checksum
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        return typed(np.ascontiguousarray(image).view(">u2").astype(np.uint16), channels=True)
 
 
 # ---- volumes with a header that says how they lie

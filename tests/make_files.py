@@ -81,7 +81,9 @@ def _by_gdcm(path, header, syntax):
     assert writer.Write()
 
 
-def series(folder, volume, *, spacing=(3.0, 0.5, 0.7), origin=(10.0, 20.0, -30.0), axes=(1, 0, 0, 0, 1, 0), uid="1.9", **tags):
+def series(
+    folder, volume, *, spacing=(3.0, 0.5, 0.7), origin=(10.0, 20.0, -30.0), axes=(1, 0, 0, 0, 1, 0), uid="1.9", **tags
+):
     """A DICOM series, one file a slice, named out of order: `volume` (D, H, W) lies along the normal of `axes`."""
     folder.mkdir(parents=True, exist_ok=True)
     normal = np.cross(axes[:3], axes[3:])
@@ -119,7 +121,12 @@ def everything(folder):
         dicom(folder / f"{bits}jpegls.dcm", array, syntax="1.2.840.10008.1.2.4.80")
         np.savez_compressed(folder / f"{bits}.npz", image=array)
         with h5py.File(folder / f"{bits}.h5", "w") as file:
-            file.create_dataset("reconstruction_rss", data=array, chunks=(4, 4) if bits == "8" else None, compression=None if bits == "16" else "gzip")
+            file.create_dataset(
+                "reconstruction_rss",
+                data=array,
+                chunks=(4, 4) if bits == "8" else None,
+                compression=None if bits == "16" else "gzip",
+            )
             file.attrs["patient_id"] = "p1"
     dicom(folder / "jpeg.dcm", EIGHT, syntax=JPEGBaseline8Bit)
     picture(folder / "8.jpg", EIGHT)
