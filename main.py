@@ -78,11 +78,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def sample(config: ConfigDict, workdir: Path) -> None:
-    """Image files `samples/000000.png` and on; those that exist are kept."""
-    folder, rank = workdir / "samples", len(config.data.size)
+    """Image files `samples/000000.*` and on, as `sample.format` says; those that exist are kept."""
+    folder, form = workdir / "samples", form_of(config)
     draw, source = drawing(config, build_generator(config, workdir))
     claim(config, folder, *GENERATOR, "sample", grow=("sample.n",))
-    paths = [folder / f"{i:06d}{export.suffix(rank)}" for i in range(len(source))]
+    paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
     missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
     if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
         missing = np.arange(len(paths))
@@ -92,7 +92,7 @@ def sample(config: ConfigDict, workdir: Path) -> None:
         for images in mesh.stream(draw, data.in_order(items, config.sample.batch)):
             for number, image in zip(missing[done:], images, strict=False):
                 if jax.process_index() == 0:
-                    export.write_image(paths[number], image)
+                    export.write_image(paths[number], image, form)
             done += len(images)
             bar.update(len(images))
     stage.barrier("samples")
@@ -118,10 +118,10 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     sets = data.load(**config.data.to_dict())
     model = train_detector(config, workdir / "detector", sets, purpose=2)
     again = train_detector(config, workdir / "detector-again", sets, purpose=4) if release else None
-    ours, rank = foreign is None, len(config.data.size)
+    ours = foreign is None
     source = workdir / "samples" if ours else Path(foreign).expanduser()
     reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
-    synthetic = data.read_folder(source, **reading | ({"intensity": export.intensity(rank)} if ours else {}))
+    synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config).reading} if ours else {}))
     render = ldm.round_trip(build_generator(config, workdir)) if ours else None
     result = detection.audit(
         detection.embedder(model),
@@ -133,7 +133,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         source=source,
         in_order=data.in_order,
         folder=workdir / "audit",
-        caveats=[PER_IMAGE] if config.data.patients == "per_image" else [],
+        caveats=([PER_IMAGE] if config.data.patients == "per_image" else []) + list(sets["train"].notes),
         release_to=Path(release).expanduser() if release else None,
         seed=config.seed,
         **settings,
@@ -201,6 +201,11 @@ def detector_of(config: ConfigDict) -> dict:
     return {k: v for k, v in config.detector.to_dict().items() if k not in ("augment", "both", "select_on")}
 
 
+def form_of(config: ConfigDict) -> export.Form:
+    """How samples are stored: invertible, so that an audit reads back what was sampled."""
+    return export.form(config.sample.format, config.data.size, intensity=config.data.intensity)
+
+
 def augmentation(section: ConfigDict):
     """`augment(key, x) -> x`, or None where the section asks for nothing."""
     settings = section.to_dict()
@@ -219,8 +224,8 @@ def key(config: ConfigDict, purpose: int) -> jax.Array:
 
 def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> None:
     """Refuses a folder made with other settings of these sections, of the data or of the seed."""
-    flat = stage.flatten(config.to_dict())
-    flat |= dict.fromkeys(("data.cache", "data.workers", "data.beam", "sample.batch"))  # these change no result
+    no_matter = ("data.cache", "data.workers", "data.beam", "data.accept_duplicates", "sample.batch")
+    flat = stage.flatten(config.to_dict()) | dict.fromkeys(no_matter)  # these change no result
     if config.train.guard != "stop":
         flat["train.guard"] = None  # it changes none either
     mine = ("seed", "data", *sections)

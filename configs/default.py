@@ -43,6 +43,9 @@ def get_config(variant: str = "") -> ConfigDict:
     data.centres = config_dict.placeholder(str)
     # at most so many images of a split
     data.limit = ConfigDict({"train": config_dict.placeholder(int), "val": config_dict.placeholder(int)})
+    # images of different patients that are the same image are an error, but for: their ids, a .txt file with an id a line,
+    # or 'all'; every report says so
+    data.accept_duplicates = ()
     data.on_error = "raise"  # or 'skip': unreadable files are counted and left out
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
     data.workers = config_dict.placeholder(int)  # processes that read files; None: one for each core
@@ -139,6 +142,7 @@ def get_config(variant: str = "") -> ConfigDict:
             # in place of the trained generator, one whose memorization is known: 'optimal', the optimal denoiser of the
             # training set, draws nothing else; 'held_out', the control split through the autoencoder, memorizes nothing
             "control": config_dict.placeholder(str),
+            "format": "auto",  # of the files: 'png8', 'png16', 'nifti', 'npy'; auto: 8-bit PNG in 2D, NIfTI in 3D
         }
     )
     config.audit = ConfigDict(

@@ -111,10 +111,10 @@ class Stored(Sequence):
 
     def __init__(self, folder: str, indices: np.ndarray):
         self._source = tfds.builder_from_directory(folder).as_data_source(SPLIT)
-        self._indices = indices
+        self.folder, self.indices = folder, indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return files.decode(self._source[int(self._indices[index])]["image"])
+        return files.decode(self._source[int(self.indices[index])]["image"])

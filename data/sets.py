@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from data import cohort as brains
-from data import containers, dicom, files, geometry, manifest, prepare, readers
+from data import containers, dicom, duplicates, files, geometry, manifest, prepare, readers
 from data import splits as partition
 
 
@@ -18,10 +18,10 @@ class ImageSet(NamedTuple):
     images: Sequence[np.ndarray]  # images[i] is float32 (*size, C) in [-1, 1], read when asked for
     ids: np.ndarray  # (n,) str, unique: relative path, 'scan.nii.gz#z012', or 'sub-0012_scan-1'
     patients: np.ndarray  # (n,) str; '' for synthetic images
-    spacing: tuple[float, ...] | None = (
-        None  # mm between voxels along each axis of size, median over the whole data set
-    )
+    # mm between voxels along each axis of size, median over the whole data set
+    spacing: tuple[float, ...] | None = None
     window: tuple[float, float] | None = None  # what -1 and 1 are in the files' units, where that is the same for all
+    notes: tuple[str, ...] = ()  # what every report on these images must say
 
 
 def load(
@@ -36,6 +36,7 @@ def load(
     seed: int = 0,
     limit: Mapping[str, int] | None = None,
     splits: str | None = None,
+    accept_duplicates: Sequence[str] | None = None,
     cohort: Mapping | None = None,
     size: Sequence[int] = (64, 64),
     **reading,
@@ -51,6 +52,8 @@ def load(
       fractions, seed: see `splits.assign`. The cohort has splits of its own.
       splits: 'hash' leaves out of account the splits that the data brings.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
+      accept_duplicates: images of different patients that are the same image are an error that lists them, but for those
+        named here (see `duplicates.find`) and the cohort's own, which are in the sets' `notes`; None: not looked for.
       cohort: arguments of `cohort.records`, and `height` of `cohort.subject`.
       size: (H, W) or (D, H, W).
       **reading: channels, channel, intensity, fit, spacing, slices: see `files.read_images`; on_error, cache, workers,
@@ -108,7 +111,17 @@ def load(
         ids, patients_of = (np.array([image[k] for image in chosen], dtype=str) for k in (0, 1))
         sets[split] = ImageSet(_stored(done, places), ids, patients_of, done.spacing and tuple(done.spacing), window)
         logging.info("%s: %d images of %d patients", split, len(chosen), len({image[1] for image in chosen}))
+    if accept_duplicates is not None:
+        copies = planted(path, cohort)
+        found = duplicates.find(sets, [*accept_duplicates, *copies])
+        duplicates.refuse(found)
+        sets = {split: s._replace(notes=tuple(duplicates.notes(found, copies))) for split, s in sets.items()}
     return sets
+
+
+def planted(path: str | os.PathLike | None, cohort: Mapping | None) -> list[str]:
+    """Ids of the images that the embedded cohort plants as copies, on purpose; none where there is a data.path."""
+    return [] if path else [r.id for r in _records(dict(cohort or {})) if r.duplicate_of]
 
 
 def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> ImageSet:
@@ -217,13 +230,18 @@ def _cohort(cohort: dict, *, size, channels=1, **preparing):
     for name in ("channel", "intensity", "fit", "spacing", "slices"):
         preparing.pop(name, None)
     drawing = {"size": tuple(size), "seed": cohort.get("seed", 0)}
-    drawing |= {"height": cohort.pop("height")} if "height" in cohort else {}
-    records = brains.records(**{"subjects": {"train": 64, "select": 16, "val": 160, "control": 120}, **cohort})
+    drawing |= {"height": cohort["height"]} if "height" in cohort else {}
+    records = _records(cohort)
     rows = [(r.id, r.patient, r.split, f"{r.number}-{r.scan}") for r in records]
     tasks = {row[3]: (r.number, r.scan) for row, r in zip(rows, records, strict=True)}
     draw = functools.partial(_draw, **drawing)
     settings = {"shape": (*size, 1), "inputs": [drawing], "code": [files, brains], **preparing}
     return rows, lambda: (prepare.prepare("cohort", list(tasks.items()), draw, **settings), list(tasks), None)
+
+
+def _records(cohort: dict) -> list[brains.Record]:
+    cohort = {name: value for name, value in cohort.items() if name != "height"}
+    return brains.records(**{"subjects": {"train": 64, "select": 16, "val": 160, "control": 120}, **cohort})
 
 
 def _draw(who: tuple[int, int], **drawing) -> list[files.Image]:

@@ -125,9 +125,10 @@ def test_volumes_agree_whatever_the_file(tmp_path):
 @pytest.mark.parametrize("size", [(12, 16), (5, 6, 7)])
 def test_what_we_export_comes_back(tmp_path, size):
     image = RNG.uniform(-1, 1, (*size, 1)).astype(np.float32)
-    path = tmp_path / f"x{export.suffix(len(size))}"
-    export.write_image(path, image)
-    got = read(path, size=size, intensity=export.intensity(len(size)))
+    form = export.form("auto", size, intensity="minmax")
+    path = tmp_path / f"x{form.suffix}"
+    export.write_image(path, image, form)
+    got = read(path, size=size, intensity=form.reading)
     assert abs(got - image).max() <= (1 / 255 if len(size) == 2 else 1e-6) + 1e-6
 
 
