@@ -1,6 +1,6 @@
 """Finds images that are there twice: within a split and, worse, across splits, exactly or nearly the same.
 
-A near duplicate is told by its fingerprint: the image (channels averaged) reduced to 16x16, in 3D 12x12x12, less its own
+A near duplicate is told by its fingerprint: the image (channels averaged) reduced to 16x16, in 3D 9x9x9, less its own
 blur by one cell, then centred and normalised, so that the product of two fingerprints is the correlation of their
 middle frequencies. The coarse anatomy, in which aligned brains all look alike, is taken out by the blur; a JPEG's or a
 resampling's damage lies above what the grid holds; a linear change of brightness cancels. Mirrored, rotated or cropped
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import files
 
 NEAR = 0.97
-GRID = {2: 16, 3: 12}  # cells of a fingerprint along each axis, by rank
+GRID = {2: 16, 3: 9}  # cells of a fingerprint along each axis, by rank
 TILE = 4096  # fingerprints compared at a time with as many others, so 64 MiB of similarities
 MOST_PAIRS = 2_000_000
 LISTED = 10
@@ -145,7 +145,7 @@ def refuse(found: Found) -> None:
     listed = "; ".join(_told(pair) for pair in found.pairs[:LISTED])
     more = f"; and {len(found.pairs) - LISTED} more pairs" if len(found.pairs) > LISTED else ""
     raise ValueError(
-        f"{_count(found.pairs)} of different patients are the same image, {leaks} of them across splits: {listed}{more}. "
+        f"{_count(found.pairs)} of different or unknown patients are the same image, {leaks} of them across splits: {listed}{more}. "
         "Remove one of each, correct the patients, or name those to accept in data.accept_duplicates; "
         "python -m data with the same --config lists all"
     )
@@ -163,7 +163,7 @@ def notes(found: Found, names: Sequence[str] = ()) -> list[str]:
     leaks = sum(pair.leak for pair in found.accepted)
     whose = "planted by data.cohort" if planted == len(found.accepted) else "accepted by data.accept_duplicates"
     harm = "; unseen images that are training images in truth make copies look innocent" if leaks else ""
-    return [f"{_count(found.accepted)} of different patients are the same image ({whose}), {leaks} across splits{harm}"]
+    return [f"{_count(found.accepted)} of different or unknown patients are the same image ({whose}), {leaks} across splits{harm}"]
 
 
 def _count(pairs: Sequence[Pair]) -> str:
