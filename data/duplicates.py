@@ -6,9 +6,21 @@ middle frequencies. The coarse anatomy, in which aligned brains all look alike, 
 resampling's damage lies above what the grid holds; a linear change of brightness cancels. Mirrored, rotated or cropped
 copies are not found: that is the copy detector's task.
 
-Calibration of NEAR = 0.97 (`python -m tests.benchmarks --what=duplicates`; all pairs of images of different patients):
+Calibration of NEAR = 0.97 (`python -m tests.benchmarks --what=duplicates`), measured. "Halved": the file reduced to half
+its size and back, the hardest of the alterations; the others (JPEG at quality 90, 8 bits, doubled in size and back, 10 %
+brighter and clipped, 10 % darker, gamma 1.1) come out at 0.998 or more everywhere. 100 images each, 30 of CT.
 
-FIGURES
+| images | pairs of different patients | most alike of them | false alarms | found of the altered | halved, least alike |
+|---|---|---|---|---|---|
+| chest X-ray 64x64, 1,000 | 491,169 | 0.916 | 0 | all | 0.994 |
+| hippocampus MR 32x48x32, 131 | 8,515 | 0.938 | 0 | all | 0.992 |
+| lung CT slices at 64x64, 30 | 404 | 0.771 | 0 | all | 1.000 |
+| brain cohort 64x64, 2,003 | 2,005,003 | 0.918 | 0 | all | 0.991 |
+| brain cohort 32x40x32, 303 | 45,753 | 0.940 | 0 | all | 0.991 |
+
+At 32x32 the halved are missed (0.943 and more) and the others found. 8,000 brains at 64x64 (32 million pairs) do not come
+nearer to each other than 2,003 do. 100,000 images of 64x64 took three minutes on two cores shared with other work, and
+0.2 GiB. Images of one patient taken minutes apart can reach 0.97; they are counted, never an error.
 """
 
 import collections
@@ -163,7 +175,9 @@ def notes(found: Found, names: Sequence[str] = ()) -> list[str]:
     leaks = sum(pair.leak for pair in found.accepted)
     whose = "planted by data.cohort" if planted == len(found.accepted) else "accepted by data.accept_duplicates"
     harm = "; unseen images that are training images in truth make copies look innocent" if leaks else ""
-    return [f"{_count(found.accepted)} of different or unknown patients are the same image ({whose}), {leaks} across splits{harm}"]
+    return [
+        f"{_count(found.accepted)} of different or unknown patients are the same image ({whose}), {leaks} across splits{harm}"
+    ]
 
 
 def _count(pairs: Sequence[Pair]) -> str:
