@@ -4,6 +4,7 @@ python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=run
 """
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import data
 import detection
 import ldm
 from data import augment, copies, export
-from launch import log, machine, mesh, stage
+from launch import checkpoint, log, machine, mesh, stage
 from ldm import controls, imagenet
 
 PER_IMAGE = (
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
 def train(config: ConfigDict, workdir: Path) -> None:
     """The generator's two stages, then the copy detector; stages that are done are skipped."""
     sets = data.load(**config.data.to_dict())
+    checkpoint.write_json(workdir / "data.json", {"spacing": sets["train"].spacing, "window": sets["train"].window})
     generator = build_generator(config, workdir)
     images, held_out, pipeline = sets["train"].images, sets["select"].images, pipeline_of(config)
     claim(config, workdir / "autoencoder", *AUTOENCODER)
@@ -79,7 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 def sample(config: ConfigDict, workdir: Path) -> None:
     """Image files `samples/000000.*` and on, as `sample.format` says; those that exist are kept."""
-    folder, form = workdir / "samples", form_of(config)
+    folder, form = workdir / "samples", form_of(config, workdir)
     draw, source = drawing(config, build_generator(config, workdir))
     claim(config, folder, *GENERATOR, "sample", grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
@@ -121,7 +123,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     ours = foreign is None
     source = workdir / "samples" if ours else Path(foreign).expanduser()
     reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
-    synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config).reading} if ours else {}))
+    synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config, workdir).reading} if ours else {}))
     render = ldm.round_trip(build_generator(config, workdir)) if ours else None
     result = detection.audit(
         detection.embedder(model),
@@ -201,9 +203,11 @@ def detector_of(config: ConfigDict) -> dict:
     return {k: v for k, v in config.detector.to_dict().items() if k not in ("augment", "both", "select_on")}
 
 
-def form_of(config: ConfigDict) -> export.Form:
-    """How samples are stored: invertible, so that an audit reads back what was sampled."""
-    return export.form(config.sample.format, config.data.size, intensity=config.data.intensity)
+def form_of(config: ConfigDict, workdir: Path) -> export.Form:
+    """How samples are stored: invertible, so that an audit reads back what was sampled, in the training data's spacing."""
+    said = workdir / "data.json"
+    spacing = json.loads(said.read_text())["spacing"] if said.exists() else None
+    return export.form(config.sample.format, config.data.size, intensity=config.data.intensity, spacing=spacing)
 
 
 def augmentation(section: ConfigDict):

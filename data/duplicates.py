@@ -34,7 +34,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from data import files
+from data import geometry
 
 NEAR = 0.97
 GRID = {2: 16, 3: 9}  # cells of a fingerprint along each axis, by rank
@@ -97,7 +97,8 @@ def fingerprints(images: np.ndarray) -> np.ndarray:
     coarse = images.mean(-1, dtype=np.float32)
     for axis, old in enumerate(images.shape[1:-1]):
         new = min(GRID[images.ndim - 2], old)
-        coarse = np.moveaxis(np.tensordot(files.triangle(old, new).toarray(), coarse, (1, axis + 1)), 0, axis + 1)
+        weights = geometry.resample(np.eye(old, dtype=np.float32), (new,))
+        coarse = np.moveaxis(np.tensordot(weights, coarse, (1, axis + 1)), 0, axis + 1)
     blurred = coarse
     for axis, n in enumerate(coarse.shape[1:]):
         blurred = np.moveaxis(np.tensordot(_blur(n), blurred, (1, axis + 1)), 0, axis + 1)
@@ -264,7 +265,7 @@ def _scan_of(sets: Mapping[str, Any]) -> Scan:
 
 def _kept(folder: str, unique: np.ndarray, make: Callable[[], Scan]) -> Scan:
     key = hashlib.sha256(unique.tobytes())
-    for source in (__file__, files.__file__):
+    for source in (__file__, geometry.__file__):
         with open(source, "rb") as text:
             key.update(text.read())
     path = os.path.join(folder, f"duplicates-{key.hexdigest()[:20]}.npz")

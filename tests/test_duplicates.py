@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import duplicates, files
+from data import duplicates, geometry
 from data.sets import ImageSet
 
 
 def textures(n, size=(32, 32), seed=0):
     """Images of different patients: smooth random fields, float32 (n, *size, 1) in [-1, 1]."""
     coarse = np.random.default_rng(seed).uniform(-1, 1, (n, *[max(3, s // 4) for s in size], 1)).astype(np.float32)
-    return np.stack([files.resample(x, size) for x in coarse])
+    return np.stack([geometry.resample(x, size) for x in coarse])
 
 
 def sets_of(**splits):
@@ -37,7 +37,7 @@ def altered(image):
     again = np.stack([jpeg(p) for p in grey]) if grey.ndim == 3 else jpeg(grey)
     back = lambda a: (a.astype(np.float32) / 127.5 - 1)[..., None]
     size = image.shape[:-1]
-    resized = lambda factor: files.resample(files.resample(image, [round(n * factor) for n in size]), size)
+    resized = lambda factor: geometry.resample(geometry.resample(image, [round(n * factor) for n in size]), size)
     return {
         "jpeg": back(again),
         "8 bits": back(grey),
@@ -138,9 +138,10 @@ def test_no_false_alarm_on_real_patients(real_data, tmp_path, folder, settings):
 
 
 def test_real_duplicates_are_found(real_data, tmp_path):
-    """Four CT slices are in that folder twice, three to the bit, always of one patient: found where patients are unknown."""
+    """Four CT slices are in that folder twice, always of one patient: found where patients are unknown, else counted."""
     settings = {"path": real_data / "tcga_luad_ct", "intensity": "window:-1000:400", "cache": tmp_path}
-    found = duplicates.find(data.load(**settings, patients="per_image"))
+    unknown = {"patient_pattern": r"ID_\d+"}  # each file a patient of its own
+    found = duplicates.find(data.load(**settings, **unknown))
     assert {tuple(sorted(name[:7] for name in pair.ids)) for pair in found.pairs} == {
         ("ID_0010", "ID_0013"),
         ("ID_0032", "ID_0034"),
@@ -148,7 +149,9 @@ def test_real_duplicates_are_found(real_data, tmp_path):
         ("ID_0098", "ID_0099"),
     }
     with pytest.raises(ValueError, match="4 pairs of images of different or unknown patients"):
-        data.load(**settings, patients="per_image", accept_duplicates=())
+        data.load(**settings, **unknown, accept_duplicates=())
+    found = duplicates.find(data.load(**settings, fractions={"train": 0.6, "val": 0.4}))  # patients from the headers
+    assert found.pairs == [] and sum(found.within.values()) == 4
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.3])

@@ -17,7 +17,7 @@ import PIL.Image
 import pydicom
 
 import data
-from data import duplicates, files
+from data import duplicates, files, geometry
 
 REAL = Path(os.environ.get("FACSIMILE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 MANY = 100_000
@@ -58,7 +58,8 @@ def quality(folder: Path, *, path=None, **settings) -> dict:
     sim = (prints @ prints.T)[other]
     chosen = np.random.default_rng(0).permutation(len(images))[:100]
     original = {i: images[i] if path is None else native(Path(path) / ids[i], settings) for i in chosen}
-    fit = lambda x: files._fit(x, settings["size"], "pad") if x.shape[:-1] != tuple(settings["size"]) else x
+    size = settings["size"]
+    fit = lambda x: geometry.resample(x, size, geometry.spans_of(x.shape[:-1], size, "pad"))
     found = {}
     for name, alter in ALTERATIONS.items():
         copies = duplicates.fingerprints(np.stack([fit(alter(original[i])) for i in chosen]))
@@ -107,7 +108,9 @@ def jpeg(x: np.ndarray) -> np.ndarray:
 
 
 def resized(factor: float) -> Callable:
-    return lambda x: files.resample(files.resample(x, [max(1, round(n * factor)) for n in x.shape[:-1]]), x.shape[:-1])
+    return lambda x: geometry.resample(
+        geometry.resample(x, [max(1, round(n * factor)) for n in x.shape[:-1]]), x.shape[:-1]
+    )
 
 
 ALTERATIONS = {
