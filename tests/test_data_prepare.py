@@ -226,7 +226,7 @@ def test_beam_gives_what_one_machine_gives(tmp_path):
     assert here[1:] == there[1:]
     for a, b in zip(*(builder.Stored(done.folder, np.arange(99)) for done in (here, there)), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="^thirteen is refused$"):
+    with pytest.raises(ValueError, match=r"^thirteen is refused$"):
         made(square, tmp_path / "strict", beam="--runner=DirectRunner", on_error="raise")
     mixed = made(several, tmp_path / "mixed", n=60, eight_bit=True, beam="--runner=DirectRunner")
     assert mixed[1:] == made(several, tmp_path / "here", n=60, eight_bit=True)[1:]
