@@ -116,7 +116,8 @@ def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Seq
 def audit(config: ConfigDict, workdir: Path) -> int:
     """Compares synthetic images, ours or any folder's, with the training images; writes `audit/` and `quality.json`."""
     settings = config.audit.to_dict()
-    foreign, release, exit_code = (settings.pop(name) for name in ("synthetic", "release", "exit_code"))
+    own = ("synthetic", "release", "exit_code", "spaces", "membership")
+    foreign, release, exit_code, beside, member = (settings.pop(name) for name in own)
     sets = data.load(**config.data.to_dict())
     model = train_detector(config, workdir / "detector", sets, purpose=2)
     again = train_detector(config, workdir / "detector-again", sets, purpose=4) if release else None
@@ -124,7 +125,12 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     source = workdir / "samples" if ours else Path(foreign).expanduser()
     reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
     synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config, workdir).reading} if ours else {}))
-    render = ldm.round_trip(build_generator(config, workdir)) if ours else None
+    generator = build_generator(config, workdir) if ours else None
+    render = ldm.round_trip(generator) if ours else None
+    losses = None
+    if ours and member and not config.sample.control:
+        weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
+        losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"])
     result = detection.audit(
         detection.embedder(model),
         sets,
@@ -132,6 +138,9 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         render=render,
         plants=copies.grid() | ({("autoencoder", 1.0): lambda key, x: render(x)} if ours else {}),
         again=again and detection.embedder(again),
+        others=detection.spaces_of(beside, model.image_shape, detection.untrained(model, key(config, 5)), ldm.ssim),
+        losses=losses,
+        described={"config": config.to_dict(), "environment": log.provenance()},
         source=source,
         in_order=data.in_order,
         folder=workdir / "audit",

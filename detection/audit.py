@@ -7,7 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from detection import calibrate, controls, neighbours, outputs, release, verdict, views
+from detection import (
+    calibrate,
+    controls,
+    evidence,
+    extraction,
+    neighbours,
+    outputs,
+    release,
+    report,
+    spaces,
+    verdict,
+    views,
+)
 from launch import checkpoint, log
 
 
@@ -20,6 +32,8 @@ class Space(NamedTuple):
     planted: list[controls.Planted]
     train_NxD: np.ndarray
     syn_KxD: np.ndarray
+    val_MxD: np.ndarray
+    control_CxD: np.ndarray
 
 
 def audit(
@@ -30,10 +44,15 @@ def audit(
     render: Callable[[jax.Array], jax.Array] | None,
     plants: controls.Plants,
     again: Callable[[jax.Array], jax.Array] | None,
+    others: Mapping[str, Any],
+    losses: Callable[[jax.Array], jax.Array] | None,
+    levels: Sequence[float],
     source: Path,
     in_order: Callable[..., Iterator],
     folder: Path,
     caveats: Sequence[str],
+    described: Mapping[str, Any],
+    redact: bool,
     policy: dict[str, float],
     release_to: Path | None,
     fdr: float,
@@ -54,6 +73,10 @@ def audit(
         their common power spectrum instead.
       plants: the kinds of near-copies that the positive control plants; of `planted` training patients each.
       again: a detector of another seed, that examines what is released.
+      others: name -> other similarity spaces to report beside the detector's; see `evidence.side_by_side`.
+      losses, levels: the generator's denoising losses for the membership test, (B, *S, C) -> (B, L), at the noise levels
+        t / T; None where the generator is not ours.
+      described: the run's configuration and environment, for the report. redact: the report shows nothing of patients.
       caveats: what the reader must know before any number; in `audit.json` and above the table.
       policy: see `verdict.decide`.
       release_to: folder for the synthetic images without their copies; None: nothing is released.
@@ -79,7 +102,7 @@ def audit(
         planting = {"embed": embed, "view": look.real, "in_order": in_order, "batch": batch, "seed": seed}
         copies = controls.plant(plants, train.images, chosen_Q, train_NxD, **planting)
         hits = neighbours.nearest(syn_KxD, train_NxD)
-        return Space(hits, best(val_MxD), best(control_CxD), copies, train_NxD, syn_KxD), of
+        return Space(hits, best(val_MxD), best(control_CxD), copies, train_NxD, syn_KxD, val_MxD, control_CxD), of
 
     ours, of = space(embed)
     judging = {"policy": policy, "fdr": fdr, "seed": seed}
@@ -90,9 +113,38 @@ def audit(
         **result,
         "paper": paper_section(raw, of("control", look.real), train, control, percentile=percentile, seed=seed),
         "rendering": look.report,
+        "patients": report.copied_patients(train.patients[ours.hits.index[:, 0]], test.flagged_K),
+        "extraction": extraction.extraction(ours.hits.index[:, 0], test.flagged_K, train.patients, fdr=fdr, seed=seed),
+        "baselines": evidence.of_distances(
+            ours.train_NxD, ours.syn_KxD, ours.val_MxD, ours.control_CxD, val, control, seed
+        ),
+        "spaces": evidence.side_by_side(
+            others,
+            spaces.Measured(ours.hits, ours.null_M, ours.planted),
+            {
+                "train": (train.images, look.real),
+                "val": (val.images, look.real),
+                "synthetic": (synthetic.images, look.synthetic),
+            },
+            plants,
+            chosen_Q,
+            test.flagged_K,
+            val.patients,
+            train.patients,
+            fdr=fdr,
+            in_order=in_order,
+            batch=batch,
+            seed=seed,
+        ),
+        "membership": losses
+        and evidence.of_membership(losses, levels, sets, in_order=in_order, batch=batch, seed=seed),
         "histogram": outputs.histogram(ours.hits.sim[:, 0], ours.null_M, ours.control_C),
-        "provenance": {"data": {n: {"n": len(s.ids), "sha256": content[n]} for n, s in everything.items()}},
+        "provenance": {
+            **described,
+            "data": {n: {"n": len(s.ids), "sha256": content[n]} for n, s in everything.items()},
+        },
     }
+    result["calibrated"] |= evidence.of_memorized(ours.hits, test, ours.null_M, val, train, fdr=fdr, seed=seed)
     word, reasons = verdict.decide(result, policy)
     result = {"verdict": word, "reasons": reasons, "policy": dict(policy), **result, "release": None}
     if release_to:
@@ -111,7 +163,11 @@ def audit(
         folder.mkdir(parents=True, exist_ok=True)
         outputs.write_verdicts(folder / "verdicts.csv", synthetic.ids, train, ours.hits, test)
         outputs.draw(folder, ours.hits, ours.null_M, synthetic, train, test, result, pairs)
+        top = report.top_pairs(
+            synthetic, train, ours.hits.index[:, 0], ours.hits.sim[:, 0], test.p_K, test.flagged_K, pairs
+        )
         checkpoint.write_json(folder / "audit.json", result)
+        report.write(folder / "report.html", result, top, redact=redact, title="Copies of patients in a synthetic set")
         log.say(outputs.table(result, folder))
     return result
 
@@ -199,7 +255,10 @@ def paper_section(
     )
     above_N = neighbours.count_above(train_NxD, control_CxD, rule.threshold)
     floor = calibrate.null_floor(rule.threshold, best(control_CxD, train_NxD), control.patients, above_N, k, seed=seed)
+    copied_N = neighbours.count_above(train_NxD, syn_KxD, rule.threshold)
+    matched = extraction.mem_rate_size_matched(copied_N, train.patients, k, len(val_MxD), seed=seed)
     return {
+        **matched,
         "threshold": rule.threshold,
         "n_mem": int(rule.mem_N.sum()),
         "n_copies": int(rule.copies_K.sum()),

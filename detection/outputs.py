@@ -101,7 +101,7 @@ def table(result: dict[str, Any], folder: Path) -> str:
         *release_lines(result["release"]),
         f"verdict: {result['verdict']}: {result['reasons'][0]}",
         *(f"         {reason}" for reason in result["reasons"][1:]),
-        f"report: {folder}/audit.json, verdicts.csv, pairs.png, histogram.png",
+        f"report: {folder}/report.html, audit.json, verdicts.csv, pairs.png, histogram.png",
     ]
     return "\n".join(lines)
 

@@ -37,6 +37,31 @@ class Measured(NamedTuple):
     planted: Sequence[controls.Planted] | None  # None where no copies can be planted: vectors made elsewhere
 
 
+NAMES = ("untrained", "pixels", "shifted pixels", "SSIM")
+
+
+def chosen(
+    names: Sequence[str],
+    image_shape: tuple[int, ...],
+    untrained: Callable[[jax.Array], jax.Array],
+    ssim: Callable[[jax.Array, jax.Array], jax.Array],
+) -> dict[str, Space]:
+    """The spaces of these names, of NAMES; ValueError for another.
+
+    Args:
+      untrained: embeddings of the detector before it learned anything. ssim: structural similarity, (B, *S, C) twice -> (B,).
+    """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"config.audit.spaces: no space {unknown[0]!r}; use {', '.join(NAMES)}")
+    make = {
+        "untrained": lambda name: by_correlation(untrained, "the copy detector before any training"),
+        "pixels": lambda name: by_correlation(views.pixels, "Pearson correlation of pixels"),
+        "shifted pixels": lambda name: by_pairs(shifted_correlation(image_shape), image_shape, name, flips=True),
+        "SSIM": lambda name: by_pairs(ssim, image_shape, name, flips=False),
+    }
+    return {name: make[name](name) for name in names}
+
+
 def by_correlation(embed: Callable[[jax.Array], jax.Array], note: str = "Pearson correlation of vectors") -> Space:
     """A space of vectors: a detector, trained or not; an autoencoder's latents; pixels (`views.pixels`)."""
     return Space(embed, correlation, note)

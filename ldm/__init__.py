@@ -14,3 +14,4 @@ from ldm.generator import (
 )
 from ldm.levels import loss_levels
 from ldm.quality import evaluate
+from ldm.similarity import ssim
