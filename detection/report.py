@@ -21,15 +21,12 @@ from launch import checkpoint
 BYTES = 2_000_000  # of all pictures together, before base64 makes a third more of them
 MOST_PATIENTS = 60  # rows of the table of patients
 FULL_DIFFERENCE = 1.0  # half of the grey range has the deepest colour
-UNITS = {  # of the strengths of the planted copies, where a row names none
+UNITS = {  # of the strengths of planted copies, where a row names none
     "rotation": "degrees",
     "shift": "of the side",
     "scale": "times",
     "crop": "kept",
-    "gamma": "exponent",
-    "bias": "log field",
-    "noise": "deviation",
-    "blur": "pixels",
+    "blur": "px",
 }
 
 
@@ -109,6 +106,7 @@ def render(result: Mapping[str, Any], pairs: Sequence[Pair], *, redact: bool, ti
         most_patients=MOST_PATIENTS,
         units=UNITS,
         doubt=verdict.DOUBT,
+        tolerance=charts.TOLERANCE_DB,
         flat=flat,
         **readers(result),
     )

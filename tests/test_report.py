@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import re
+import types
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -465,3 +466,33 @@ def test_ticks_lie_on_the_axis_and_say_where(low, high):
         assert 0 <= position <= 100
         value = axis.low + position / 100 * (axis.high - axis.low)
         assert float(text.replace(",", "")) == pytest.approx(value, abs=1e-6 * (axis.high - axis.low))
+
+
+# ---- what an audit hands over
+
+
+def test_top_pairs_and_patients_are_the_audits():
+    """Against the plain definition, with ties."""
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (9, 4, 5, 1)).astype(np.float32)
+    names = np.array([f"i{n}" for n in range(9)])
+    train = cohort(images, names, np.array(["b", "a", "c"])[np.arange(9) % 3])
+    synthetic = cohort(images[:6] / 2, names[:6], np.full(6, ""))
+    nearest, sim = np.array([4, 8, 0, 4, 1, 2]), np.array([0.9, 0.2, 0.9, 0.99, 0.1, 0.5])
+    flagged = sim > 0.3
+    made = report.top_pairs(synthetic, train, nearest, sim, 1 - sim, flagged, 4)
+    assert [p.synthetic_id for p in made] == ["i3", "i0", "i2", "i5"], "ties in the order of the files"
+    assert [(p.training_id, p.patient) for p in made] == [("i4", "a"), ("i4", "a"), ("i0", "b"), ("i2", "c")]
+    assert all(p.flagged for p in made) and made[0].p_value == pytest.approx(0.01)
+    np.testing.assert_array_equal(made[0].nearest, images[4])
+    np.testing.assert_array_equal(made[0].synthetic, images[3] / 2)
+    assert report.copied_patients(train.patients[nearest], flagged) == [
+        {"patient": "a", "n_copies": 2},
+        {"patient": "b", "n_copies": 1},
+        {"patient": "c", "n_copies": 1},
+    ]
+    assert report.copied_patients(train.patients[nearest], np.zeros(6, bool)) == []
+
+
+def cohort(images, ids, patients):
+    return types.SimpleNamespace(images=images, ids=ids, patients=patients)
