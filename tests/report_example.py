@@ -192,7 +192,10 @@ def complete(result, found, verdict="FAIL", seed=0):
                 "recall_at_fpr_05": at_5,
                 "recall_at_fpr_05_ci": around(at_5, 64, rng),
                 "n_flagged": n_flagged,
+                "flag_rate_ci": None if n_flagged is None else around(n_flagged / max(k, n_flagged), k, rng),
                 "agreement": agreement,
+                "agreement_ci": None if agreement is None else [agreement * 0.9, agreement * 0.9 + 0.1],
+                "kappa": None if agreement is None else agreement - 0.07,
             }
             for name, area, at_1, at_5, n_flagged, agreement in (
                 ("detector", 0.9981, 0.9724, 0.9912, int(flagged.sum()), 1.0),
@@ -204,9 +207,20 @@ def complete(result, found, verdict="FAIL", seed=0):
             )
         },
         "baselines": {
-            "d1_d2": {"rate": 0.6406, "rate_ci": [0.5511, 0.7233], "null_rate": 0.0063},
-            "c_t": {"statistic": -14.21, "p_value": 3.9e-46},
-            "auth_pct": {"value": 0.0781, "ci": [0.0381, 0.1389], "null": 0.8125},
+            "d1_d2": {
+                "rate": 0.6406,
+                "rate_ci": [0.5511, 0.7233],
+                "null_rate": 0.0063,
+                "null_rate_ci": [0.0002, 0.0343],
+            },
+            "c_t": {
+                "statistic": -14.21,
+                "p_value": 3.9e-46,
+                "cells": 3,
+                "null_statistic": -0.31,
+                "null_p_value": 0.3783,
+            },
+            "auth_pct": {"value": 0.0781, "ci": [0.0381, 0.1389], "null": 0.8125, "null_ci": [0.7433, 0.8697]},
         },
         "extraction": {
             "draws": draws,

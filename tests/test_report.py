@@ -237,6 +237,18 @@ def test_the_least_of_an_audit_json_makes_a_report(pairs):
     assert "There are too few unseen patients" in text_of(section(page, "rests"))
 
 
+def test_spaces_and_baselines_that_could_not_be_measured_say_so(result, pairs):
+    made = copy.deepcopy(result)
+    space = made["spaces"]["SSIM"]
+    for key in space:
+        space[key] = None
+    made["spaces"]["theirs"] = {"n_flagged": 3}
+    made["baselines"]["c_t"] = {"statistic": None, "p_value": None, "cells": 0}
+    page = render(made, pairs)
+    assert text_of(section(page, "spaces")).count("not measured") >= 9
+    assert "not measured, p = not measured" in text_of(section(page, "baselines"))
+
+
 @pytest.mark.parametrize(
     "nasty",
     [
