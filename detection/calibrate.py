@@ -225,8 +225,8 @@ def negative_control(
       resamples the patients of both sets, because the rate of one null set of P patients strays from nominal by about
       sqrt(nominal (1 - nominal) / P). excess_p_value: chance of a flag_rate as high or higher if both sets are alike,
       exact with one image a patient: of n new scores, those above all but j - 1 of P null scores are BetaBinomial(n,
-      j, P + 1 - j), j = floor(nominal (P + 1)); with several images a patient n is their `effective_number`. The test
-      of the control: small is bad. bh_flag_rate: share flagged when the whole procedure is run on them as on the
+      j, P + 1 - j), j = floor(nominal (P + 1)); with several images a patient n is their `effective_number` (`excess_p`).
+      The test of the control: small is bad. bh_flag_rate: share flagged when the whole procedure is run on them as on the
       synthetic images, comparable with the copy rate; near 0 if all is well.
     """
     p_C = conformal_p(scores_C, null_M, patients_M)
@@ -249,11 +249,21 @@ def negative_control(
         "flag_rate": float(flags.mean()),
         "flag_rate_ci": [min(low, float(np.quantile(rates, 0.025))), max(high, float(np.quantile(rates, 0.975)))],
         "nominal": nominal,
-        "excess_p_value": float(stats.betabinom.sf(np.ceil(flags.mean() * n - 1e-9) - 1, n, j, n_null + 1 - j))
-        if j
-        else 1.0,
+        "excess_p_value": excess_p(flags.mean() * n, n, j, n_null) if j else 1.0,
         "bh_flag_rate": float(benjamini_hochberg(p_C, nominal).mean()),
     }
+
+
+def excess_p(above: float, n: int, j: int, n_null: int) -> float:
+    """P(X >= above) for X of BetaBinomial(n, j, n_null + 1 - j): new scores above all but j - 1 of n_null old ones.
+
+    `above` need not be whole, where n is an `effective_number`: between whole numbers the chance is interpolated
+    geometrically. (Rounded up, p <= 0.05 came in 7.5 % of fair controls of 20 patients with one to ten images.)
+    """
+    whole = np.floor(above + 1e-9)
+    part = max(above - whole, 0.0)
+    at, after = stats.betabinom.sf([whole - 1, whole], n, j, n_null + 1 - j)
+    return float(at ** (1 - part) * max(after, 0.0) ** part)
 
 
 def smallest_flaggable_rate(n_patients: int, k: int, fdr: float) -> float:
