@@ -155,7 +155,7 @@ def refuse(found: Found) -> None:
     if not found.pairs:
         return
     leaks = sum(pair.leak for pair in found.pairs)
-    listed = "; ".join(_told(pair) for pair in found.pairs[:LISTED])
+    listed = "; ".join(told(pair) for pair in found.pairs[:LISTED])
     more = f"; and {len(found.pairs) - LISTED} more pairs" if len(found.pairs) > LISTED else ""
     raise ValueError(
         f"{_count(found.pairs)} of different or unknown patients are the same image, {leaks} of them across splits: {listed}{more}. "
@@ -185,7 +185,8 @@ def _count(pairs: Sequence[Pair]) -> str:
     return f"{len(pairs)} pair{'s' * (len(pairs) != 1)} of images"
 
 
-def _told(pair: Pair) -> str:
+def told(pair: Pair) -> str:
+    """'train a.png = val b.png': equal; '~': nearly."""
     (a, b), (one, other) = pair.ids, pair.splits
     return f"{one} {a} {'=' if pair.exact else '~'} {other} {b}"
 

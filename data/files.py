@@ -4,6 +4,7 @@ Axes are (H, W) or (D, H, W), then channels. Volumes lie as axial DICOM series d
 anterior to posterior, W from the patient's right to left. Nothing of an image's content ever enters an error message.
 """
 
+import contextlib
 import os
 import re
 import warnings
@@ -67,14 +68,8 @@ def read_images(
     Raises:
       ValueError: one line naming the file and the mend.
     """
-    paths = source.parts or (source.path,)
-    kind = suffix(paths[0])
-    try:
-        for path in paths:
-            _check(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # decoders quote the file's content in theirs
-            pixels = _read(paths, kind, source.item)
+    with _one_line(source):
+        pixels = _read(source)
         rank = 3 if slices or source.centres else len(size)
         pixels = _one_image(_take_channel(pixels, channel), rank, channels)
         array, eight_bit = _scale(pixels, intensity), pixels.array.dtype == np.uint8
@@ -96,10 +91,23 @@ def read_images(
                 yield image._replace(eight_bit=eight_bit, part=f"#{name}")
         else:
             yield _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit)
+
+
+def raw(source: Source) -> Pixels:
+    """The file's own numbers, upright, with what it says of spacing. Raises ValueError: one line, file and mend."""
+    with _one_line(source):
+        return _read(source)
+
+
+@contextlib.contextmanager
+def _one_line(source: Source) -> Iterator[None]:
+    try:
+        yield
     except Refused as error:
         raise ValueError(f"{source.path}: {error}") from None
     except Exception as error:  # decoders raise anything at damaged files, and what they say may quote content
-        why = f"cannot be read as {kind or 'an image'} ({type(error).__name__}): damaged, locked or of another kind"
+        kind = suffix((source.parts or (source.path,))[0]) or "an image"
+        why = f"cannot be read as {kind} ({type(error).__name__}): damaged, locked or of another kind"
         raise ValueError(f"{source.path}: {why}; restore or remove it, or set data.on_error='skip'") from None
 
 
@@ -157,7 +165,16 @@ def _check(path: str) -> None:
         raise Refused("the file is empty; restore or remove it")
 
 
-def _read(paths: Sequence[str], kind: str, item: str) -> Pixels:
+def _read(source: Source) -> Pixels:
+    paths = source.parts or (source.path,)
+    for path in paths:
+        _check(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # decoders quote the file's content in theirs
+        return _read_as(paths, suffix(paths[0]), source.item)
+
+
+def _read_as(paths: Sequence[str], kind: str, item: str) -> Pixels:
     if os.path.basename(paths[0]) == containers.INFO:
         return containers.record(paths[0], item)
     if kind not in readers.READERS and dicom.is_dicom(paths[0]):

@@ -72,15 +72,15 @@ def load(
         rows, read = _cohort(dict(cohort or {}), size=size, **reading)
         needed, mend = partition.NAMES, "correct data.cohort.subjects"
     else:
-        found = manifest.read(
+        found = listed(
             path,
             layout=layout,
-            patient_pattern=patient_pattern,
-            patients=patients,
             kind=kind,
-            volumes=bool(len(size) == 3 or centres or reading.get("slices")),
-            on_error=reading.get("on_error", "raise"),
-            cache=prepare.folder(reading.get("cache")),
+            patients=patients,
+            patient_pattern=patient_pattern,
+            centres=centres,
+            size=size,
+            **reading,
         )
         if centres:
             found, reading["centres"] = _with_centres(found, os.path.expanduser(os.fspath(centres)))
@@ -94,6 +94,7 @@ def load(
         read = functools.partial(_read, found, size=size, **reading)
     _refuse_empty(needed, {row[2] for row in rows}, mend)  # before the files are read, which may take hours
     done, names, window = read()
+    notes = (*(found.notes if path else ()), *_skipped(path, done))
     ends = dict(zip(names, np.cumsum(done.counts).tolist(), strict=True))
     counts = dict(zip(names, done.counts, strict=True))
     images = [  # of the rows; of what could not be read there are none
@@ -109,14 +110,48 @@ def load(
             chosen = [chosen[i] for i in partition.first([image[1] for image in chosen], limit[split], seed=seed)]
         places = np.array([image[3] for image in chosen], np.int64)
         ids, patients_of = (np.array([image[k] for image in chosen], dtype=str) for k in (0, 1))
-        sets[split] = ImageSet(_stored(done, places), ids, patients_of, done.spacing and tuple(done.spacing), window)
+        spacing = done.spacing and tuple(done.spacing)
+        sets[split] = ImageSet(_stored(done, places), ids, patients_of, spacing, window, notes)
         logging.info("%s: %d images of %d patients", split, len(chosen), len({image[1] for image in chosen}))
     if accept_duplicates is not None:
         copies = planted(path, cohort)
-        found = duplicates.find(sets, [*accept_duplicates, *copies])
-        duplicates.refuse(found)
-        sets = {split: s._replace(notes=tuple(duplicates.notes(found, copies))) for split, s in sets.items()}
+        alike = duplicates.find(sets, [*accept_duplicates, *copies])
+        duplicates.refuse(alike)
+        sets = {split: s._replace(notes=(*notes, *duplicates.notes(alike, copies))) for split, s in sets.items()}
     return sets
+
+
+def listed(
+    path: str | os.PathLike,
+    *,
+    size: Sequence[int],
+    centres: str | os.PathLike | None = None,
+    slices: str | None = None,
+    on_error: str = "raise",
+    cache: str | os.PathLike | None = None,
+    layout: str = "auto",
+    kind: str | None = None,
+    patients: str = "required",
+    patient_pattern: str | None = None,
+    **_,
+) -> manifest.Manifest:
+    """What `load` would read, of its arguments: one row for each file or series. No pixel is read."""
+    return manifest.read(
+        path,
+        layout=layout,
+        patient_pattern=patient_pattern,
+        patients=patients,
+        kind=kind,
+        volumes=bool(len(size) == 3 or centres or slices),
+        on_error=on_error,
+        cache=prepare.folder(cache),
+    )
+
+
+def source(root: str, row: manifest.Row, centres: Sequence[tuple] = ()) -> files.Source:
+    """Where the pixels of a row of the manifest at `root` are."""
+    parts = tuple(os.path.join(root, part) for part in row.parts)
+    return files.Source(os.path.join(root, row.path), parts, row.item, tuple(centres))
 
 
 def planted(path: str | os.PathLike | None, cohort: Mapping | None) -> list[str]:
@@ -182,13 +217,9 @@ def _read(
             parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
             yield [parts, row.item, (centres or {}).get(row.path)]
 
-    def source(row) -> files.Source:
-        parts = tuple(os.path.join(root, part) for part in row.parts)
-        return files.Source(os.path.join(root, row.path), parts, row.item, tuple((centres or {}).get(row.path, ())))
-
     done = prepare.prepare(
         re.sub(r"[^A-Za-z0-9-]", "_", os.path.basename(os.path.realpath(root)))[:40],
-        [(row.path, source(row)) for row in found.rows],
+        [(row.path, source(root, row, (centres or {}).get(row.path, ()))) for row in found.rows],
         functools.partial(files.read_images, **settings),
         shape=(*size, channels),
         inputs=inputs(),
@@ -197,10 +228,16 @@ def _read(
         several=64 if slices else 8 if centres else 1,
         **preparing,
     )
-    if done.skipped:
-        count = f"{len(done.skipped)} of {len(names)} images could not be read and are left out"
-        logging.warning("%s: %s; the first: %s", root, count, done.skipped[0])
+    for note in _skipped(root, done):
+        logging.warning("%s", note)
     return done, names, intensity[1:] if intensity[0] == "window" else None
+
+
+def _skipped(root: str | os.PathLike | None, done: prepare.Prepared) -> list[str]:
+    if not done.skipped:
+        return []
+    count = f"{len(done.skipped)} of {len(done.counts)} images could not be read and are left out"
+    return [f"{root}: {count}; the first: {done.skipped[0]}"]
 
 
 def _with_centres(found: manifest.Manifest, path: str) -> tuple[manifest.Manifest, dict]:
