@@ -100,20 +100,27 @@ def get_config(variant: str = "") -> ConfigDict:
     # ---- copy detector
     config.detector = ConfigDict(
         {
-            "arch": "resnet",  # 'resnet', or 'strided' (the paper's 3D encoder)
-            "widths": (16, 32, 64, 128),
-            "blocks": (1, 1, 1, 1),
-            "bottleneck": False,
-            "stem": 3,
+            "arch": "grid",  # 'grid', 'resnet' (the paper's in 2D), or 'strided' (the paper's in 3D)
+            "widths": (32, 64),
+            "blocks": (1, 2),
+            "fold": 4,  # of 'grid': positions an axis that are moved into channels first
+            "squeeze": 16,  # of 'grid': channels of each position in the embedding
+            "bottleneck": False,  # of 'resnet'
+            "stem": 3,  # of 'resnet'
             "strides": (),  # of 'strided': one tuple per level
             "hidden": 16,  # of 'strided': channels before the first level
             "dim": 64,  # embedding
             "temperature": 0.07,
-            "both": False,  # augment both views, not one
+            "flips": True,  # embed an image together with its mirror image, so that a flipped copy is the same
+            "both": True,  # augment both views, not one
             "select_on": "select",  # split whose loss chooses the checkpoint; only the paper's variant uses 'val'
         }
     )
-    config.detector.augment = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5})
+    # what a generator may do to a copy; the paper's detector knows rotations and flips only (`paper_detector`)
+    config.detector.augment = ConfigDict(
+        {"flip": 0.5, "rotate": 6.0, "rotate_p": 0.8, "shift": 0.08, "shift_p": 0.8, "scale": 0.12, "scale_p": 0.8}
+        | {"gamma": 0.4, "bias": 0.3, "blur": 1.5, "noise": 0.15}
+    )
 
     # ---- training, one section per stage
     config.train = train = ConfigDict()
@@ -123,7 +130,9 @@ def get_config(variant: str = "") -> ConfigDict:
     train.diffusion = ConfigDict(
         {"steps": 900, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **run}
     )
-    train.detector = ConfigDict({"steps": 200, "batch": 32, "optimiser": adam, **run})
+    train.detector = ConfigDict(
+        {"steps": 300, "batch": 64, "optimiser": {**adam, "rate": 3e-3, "warmup": 15, "decay_to": 0.02}, **run}
+    )
 
     # what to do when the diffusion stage denoises unseen images worse than training images, beyond chance: 'warn' says so
     # and keeps the last averages before it in diffusion/last_safe; 'stop' also ends there and samples those; 'off'
@@ -191,6 +200,12 @@ def only(variant: str, *known: str) -> None:
     """Raises ValueError where a config has no such variant."""
     if variant not in known:
         raise ValueError(f"no variant {variant!r} in this config; it has: {', '.join(repr(k) for k in known)}")
+
+
+def paper_detector(config: ConfigDict) -> None:
+    """The copy detector of Dar et al. in what it learns: one view rotated by up to 5 degrees and flipped."""
+    config.detector.update(arch="resnet", flips=False, both=False)
+    config.detector.augment = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5})
 
 
 def shrink(config: ConfigDict) -> None:

@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.audit.fdr = 0.1
     config.train.autoencoder.update(steps=500)
     config.train.diffusion.update(steps=1000)
-    config.train.detector.update(steps=300, batch=64)
+    config.train.detector.update(steps=600, batch=64)
     config.sample.n = 192
     if variant == "tiny":
         default.shrink(config)
@@ -34,6 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.autoencoder.update(widths=(128, 128, 256), strides=(2, 2), patch=1, latent=3, blocks=2, kl_weight=1e-6)
         config.unet.update(width=128, mults=(1, 2, 4), blocks=2, attention=(False, True, True))
         config.diffusion.update(schedule="linear", beta=(0.0015, 0.0195), predict="eps")
+        default.paper_detector(config)
         config.detector.update(
             widths=(64, 128, 256, 512), blocks=(3, 4, 6, 3), bottleneck=True, stem=7, dim=128, select_on="val"
         )

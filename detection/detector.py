@@ -18,12 +18,13 @@ class Detector(NamedTuple):
     encoder: nn.Module
     image_shape: tuple[int, ...]
     temperature: float
+    flips: bool  # the embedding of an image is the sum of its own and its mirror image's: a flipped copy has the same
     folder: Path
 
 
-def build(image_shape: tuple[int, ...], folder: Path, *, temperature: float, **arch: Any) -> Detector:
+def build(image_shape: tuple[int, ...], folder: Path, *, temperature: float, flips: bool, **arch: Any) -> Detector:
     """Detector from the config's section `detector`."""
-    return Detector(encoder.build(**arch), image_shape, temperature, folder)
+    return Detector(encoder.build(**arch), image_shape, temperature, flips, folder)
 
 
 def rescale(x: jax.Array) -> jax.Array:
@@ -97,14 +98,18 @@ def train(
 def embedder(detector: Detector) -> Callable[[jax.Array], jax.Array]:
     """A jitted function: images (B, *S, C) -> embeddings (B, dim) of the trained detector."""
     init = task(detector, lambda key, x: x, both=False).init
-    params = checkpoint.load(detector.folder, jax.eval_shape(init, jax.random.key(0)))
-    apply = jax.jit(lambda params, x: detector.encoder.apply(params, rescale(x)))
-    return lambda x: apply(params, x)
+    return _with(detector, checkpoint.load(detector.folder, jax.eval_shape(init, jax.random.key(0))))
 
 
 def untrained(detector: Detector, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """As `embedder`, with parameters as they are before the first step: what the architecture sees by itself."""
-    init = task(detector, lambda key, x: x, both=False).init
-    params = layers.init(init, key)
-    apply = jax.jit(lambda params, x: detector.encoder.apply(params, rescale(x)))
+    return _with(detector, layers.init(task(detector, lambda key, x: x, both=False).init, key))
+
+
+def _with(detector: Detector, params: Any) -> Callable[[jax.Array], jax.Array]:
+    @jax.jit
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        one = lambda x: detector.encoder.apply(params, rescale(x))
+        return one(x) + one(jnp.flip(x, -2)) if detector.flips else one(x)
+
     return lambda x: apply(params, x)

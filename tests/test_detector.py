@@ -54,6 +54,38 @@ def test_resnet_at_any_rank(shape, bottleneck):
     assert out.shape == (3, 5) and np.all(np.isfinite(out)) and np.std(out, axis=0).min() > 0
 
 
+GRID = dict(arch="grid", widths=(8, 16), blocks=(1, 2), fold=4, squeeze=4, dim=5)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 1), (30, 45, 1), (96, 40, 1), (8, 12, 16, 1)])
+def test_grid_at_any_rank_and_size(shape):
+    model = encoder.build(**GRID)
+    params = layers.init(lambda key: model.init(key, jnp.zeros((1, *shape))), jax.random.key(0))
+    out = model.apply(params, jax.random.normal(jax.random.key(1), (3, *shape)))
+    assert out.shape == (3, 5) and np.all(np.isfinite(out)) and np.std(out, axis=0).min() > 0
+    assert max(p.size for p in jax.tree.leaves(params)) <= 5 * (16 + 8 ** (len(shape) - 1) * 4) + 3**3 * 16 * 64 * 8
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 12, 1), (2, 4, 8, 4, 2)])
+def test_folded_keeps_every_value_in_its_block(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    out = np.asarray(encoder.folded(jnp.asarray(x), 4))
+    rank = len(shape) - 2
+    for place in np.ndindex(*out.shape[1:-1]):
+        block = x[(slice(None), *(slice(4 * i, 4 * i + 4) for i in place))]
+        np.testing.assert_array_equal(out[(slice(None), *place)], block.reshape(len(x), -1))
+    assert out.shape[-1] == 4**rank * shape[-1]
+
+
+def test_a_flipped_copy_embeds_alike(tmp_path):
+    model = detector.build((16, 16, 1), tmp_path, temperature=0.07, flips=True, **GRID)
+    embed = detector.untrained(model, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (4, 16, 16, 1))
+    np.testing.assert_allclose(embed(x), embed(x[:, :, ::-1]), atol=1e-5)
+    one_sided = detector.untrained(model._replace(flips=False), jax.random.key(0))
+    assert np.abs(one_sided(x) - one_sided(x[:, :, ::-1])).max() > 1e-3
+
+
 def test_resnet_50_has_its_layers():
     """25.6 M parameters with 1,000 classes and 3 channels; here one channel and 128 outputs: 23.8 M."""
     model = encoder.build("resnet", widths=(64, 128, 256, 512), blocks=(3, 4, 6, 3), bottleneck=True, stem=7, dim=128)

@@ -142,6 +142,7 @@ def test_spaces_measured_alike_on_eight_devices(tmp_path):
         (16, 16, 1),
         tmp_path,
         temperature=0.07,
+        flips=False,
         arch="resnet",
         widths=(8, 16),
         blocks=(1, 1),
