@@ -10,13 +10,13 @@ correlation, SSIM (on the 16 nearest by pixels); ours and the paper's also when 
 rank. Writes WORKDIR/detectors.json and prints a table.
 """
 
+import argparse
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 import data
 import detection
@@ -29,22 +29,19 @@ from ldm import similarity
 
 KINDS = ("identity", "rotation", "flip", "shift", "scale", "gamma", "noise", "blur", "combined")
 DRAWS = 1000
-_NIH = flags.DEFINE_string("nih", None, "Folder of NIH ChestX-ray14 images.")
-_HIPPOCAMPUS = flags.DEFINE_string("hippocampus", None, "Folder of the hippocampus volumes.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/detectors", "Where detectors and the table go.")
 
 
-def configs():
+def configs(nih, hippocampus):
     """Name -> config of each data set at hand."""
     made = {"brain": default.get_config()}
-    if _NIH.value:
+    if nih:
         made["nih"] = config = default.get_config()
-        config.data.path = _NIH.value
+        config.data.path = nih
         config.data.fractions = {"train": 0.5, "select": 0.05, "val": 0.25, "control": 0.2}
         config.train.detector.steps = 600
-    if _HIPPOCAMPUS.value:
+    if hippocampus:
         made["hippocampus"] = config = default.get_config()
-        config.data.update(path=_HIPPOCAMPUS.value, size=(32, 48, 32), intensity="percentile:0.5:99.5", fit="pad")
+        config.data.update(path=hippocampus, size=(32, 48, 32), intensity="percentile:0.5:99.5", fit="pad")
         config.data.fractions = {"train": 0.5, "select": 0.1, "val": 0.2, "control": 0.2}
         config.train.detector.batch = 32
     return made
@@ -112,12 +109,12 @@ def recalls(similar, x, patients, copies):
     }
 
 
-def run(_):
-    workdir = Path(_WORKDIR.value)
+def run(nih, hippocampus, workdir):
+    workdir = Path(workdir)
     machine.start()
     result = {}
     with jax.set_mesh(mesh.make(1)):
-        made = configs()
+        made = configs(nih, hippocampus)
         sets = {name: data.load(**config.data.to_dict()) for name, config in made.items()}
         models = {}
         for name, config in made.items():
@@ -157,4 +154,8 @@ def run(_):
 
 
 if __name__ == "__main__":
-    app.run(run)
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--nih", help="folder of NIH ChestX-ray14 images")
+    arguments.add_argument("--hippocampus", help="folder of the hippocampus volumes")
+    arguments.add_argument("--workdir", default="runs/detectors", help="where detectors and the table go")
+    run(**vars(arguments.parse_args()))
