@@ -68,9 +68,15 @@ def curve(folder):
     return dict(values)
 
 
-def wait_for(folder, step, processes):
+def written(folder):
+    path = folder / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def wait_for(folder, step, processes, before):
+    """Until these processes, and not those before them, have written a line of that step."""
     deadline = time.time() + 120
-    while last(folder) < step:
+    while written(folder) == before or last(folder) < step:
         assert time.time() < deadline and all(p.poll() is None for p in processes), [
             p.communicate()[1] for p in processes if p.poll() is not None
         ]
@@ -88,8 +94,10 @@ def test_killed_or_told_to_stop_on_any_number_of_processes_the_curve_is_the_same
     whole = start(tmp_path / "whole", 1, seconds=0)
     folder = tmp_path / "broken"
     for count, number in ((4, signal.SIGTERM), (2, signal.SIGKILL), (1, signal.SIGTERM)):
+        step = (saved(folder) if folder.exists() else 0) + rng.integers(2, 16)
+        stale = written(folder)
         processes = start(folder, count)
-        wait_for(folder, saved(folder) + rng.integers(2, 16) if folder.exists() else rng.integers(2, 16), processes)
+        wait_for(folder, step, processes, stale)
         victim = processes[rng.integers(count)]
         before = last(folder)
         victim.send_signal(number)
