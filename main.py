@@ -130,7 +130,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     losses = None
     if ours and member and not config.sample.control:
         weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
-        losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"])
+        losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
     result = detection.audit(
         detection.embedder(model),
         sets,

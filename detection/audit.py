@@ -126,7 +126,7 @@ def audit(
                 "val": (val.images, look.real),
                 "synthetic": (synthetic.images, look.synthetic),
             },
-            plants,
+            controls.standard(plants),
             chosen_Q,
             test.flagged_K,
             val.patients,

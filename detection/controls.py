@@ -35,6 +35,14 @@ def correlated(x_QxD: np.ndarray, like_train_NxD: np.ndarray) -> neighbours.Neig
     return neighbours.nearest(neighbours.standardise(x_QxD), like_train_NxD)
 
 
+def standard(plants: Plants) -> Plants:
+    """The first strength of each kind."""
+    first: dict[str, tuple[str, float]] = {}
+    for kind, strength in plants:
+        first.setdefault(kind, (kind, strength))
+    return {place: plants[place] for place in first.values()}
+
+
 def plant(
     plants: Plants,
     images: Any,
