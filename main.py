@@ -26,6 +26,7 @@ PER_IMAGE = (
     "training and unseen images are related, intervals are too narrow, and memorization is understated"
 )
 MODES = ("train", "sample", "audit")
+STAGES = ("autoencoder", "diffusion", "detector")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; a variant follows after a colon.", lock_config=True
 )
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> int:
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}: every option is --name=value")
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    machine.start()
+    stages = (*(config.train[name] for name in STAGES), config.sample, config.audit, config.quality)
+    machine.start([stage.batch for stage in stages])
     with jax.set_mesh(mesh.make(config.mesh.fsdp)):
         stage.describe(workdir, config.to_dict(), log.provenance())
         codes = [{"train": train, "sample": sample, "audit": audit}[mode](config, workdir) for mode in _MODE.value]

@@ -214,15 +214,12 @@ def fit(
 def whole_batches(in_order: Callable, images: Sequence, batch: int) -> Iterator[jax.Array]:
     """`images` in order as global batches of at most `batch`; a last one that is not full is left out.
 
-    Raises:
-      ValueError: if there are fewer images than devices.
+    Where there are fewer images than devices, all are repeated equally often.
     """
     devices = mesh.size()
-    batch = min(batch, len(images) // devices * devices)
-    if not batch:
-        raise ValueError(
-            f"the selection slice has {len(images)} images, fewer than the {devices} devices: enlarge data.fractions.select"
-        )
+    if len(images) < devices:
+        images = [image for _ in range(devices) for image in images]
+    batch = min(batch, len(images)) // devices * devices
     for x, valid in in_order(images, batch):
         if valid == batch:
             yield mesh.put(x[mesh.rows(batch)])

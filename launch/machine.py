@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -25,8 +25,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FACSIMILE_CACHE") or Path(base) / "facsimile")
 
 
-def start() -> None:
+def start(batches: Sequence[int] = ()) -> None:
     """Connects the processes, where there are several, turns on JAX's persistent compilation cache, heeds SIGTERM.
+
+    On a CPU each core is a device of its own, as many as divide all `batches`: XLA there uses one device's cores on
+    one convolution, about half of the time, and cores that work on rows of their own all of the time. A number of CPU
+    devices that the user asked for stands.
 
     Several processes find each other by themselves where `launcher` says so; elsewhere set JAX_COORDINATOR_ADDRESS
     (host:port of process 0), FACSIMILE_PROCESSES and FACSIMILE_PROCESS. With FACSIMILE_METADATA, a cloud machine's
@@ -38,8 +42,21 @@ def start() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / platform.node()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    asked = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not asked:
+        jax.config.update("jax_num_cpu_devices", cpu_devices(cores(), batches))
     connect(launcher(os.environ, _has_tpu()))
     preempt.listen(os.environ.get("FACSIMILE_METADATA"))
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_devices(most: int, batches: Sequence[int]) -> int:
+    """The largest power of two that is at most `most` and 8, and divides every batch size."""
+    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= most and all(batch % n == 0 for batch in batches))
 
 
 def launcher(env: Mapping[str, str], tpu: bool) -> str | None:

@@ -233,3 +233,10 @@ def test_on_eval_adds_metrics_and_may_halt(tmp_path):
     lines = [log.json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["looked"] for line in lines if "held_out_loss" in line] == [4, 8]
     assert (tmp_path / "checkpoints" / "8").is_dir()
+
+
+def test_fewer_held_out_images_than_devices_weigh_alike():
+    in_order = lambda images, batch: ((np.stack(images[i : i + batch]), batch) for i in range(0, len(images), batch))
+    rows = np.concatenate([np.asarray(x) for x in loop.whole_batches(in_order, X[:3], 16)])
+    assert len(rows) % 8 == 0
+    np.testing.assert_allclose(rows.mean(0), X[:3].mean(0), rtol=1e-5, atol=1e-6)

@@ -60,3 +60,11 @@ def test_our_variables_are_passed_on(monkeypatch):
     machine.connect("slurm")
     machine.connect(None)
     assert called == [("h:1", 4, 3), ()]
+
+
+def test_cores_are_devices_as_far_as_the_batches_divide():
+    assert machine.cpu_devices(2, [16, 32, 64]) == 2
+    assert machine.cpu_devices(64, [16, 32, 64]) == 8
+    assert machine.cpu_devices(64, [16, 12]) == 4
+    assert machine.cpu_devices(3, []) == 2
+    assert machine.cpu_devices(8, [15]) == machine.cpu_devices(1, [16]) == 1
