@@ -56,7 +56,7 @@ def cores() -> int:
 
 def cpu_devices(most: int, batches: Sequence[int]) -> int:
     """The largest power of two that is at most `most` and 8, and divides every batch size."""
-    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= most and all(batch % n == 0 for batch in batches))
+    return max(n for n in (1, 2, 4, 8) if n == 1 or (n <= most and all(batch % n == 0 for batch in batches)))
 
 
 def launcher(env: Mapping[str, str], tpu: bool) -> str | None:
