@@ -26,6 +26,7 @@ PER_IMAGE = (
     "training and unseen images are related, intervals are too narrow, and memorization is understated"
 )
 MODES = ("train", "sample", "audit")
+RENOISE = (0.2, 0.4, 0.6)  # noise levels t / T of planted copies; the first is the standard one
 STAGES = ("autoencoder", "diffusion", "detector")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; a variant follows after a colon.", lock_config=True
@@ -118,8 +119,8 @@ def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Seq
 def audit(config: ConfigDict, workdir: Path) -> int:
     """Compares synthetic images, ours or any folder's, with the training images; writes `audit/` and `quality.json`."""
     settings = config.audit.to_dict()
-    own = ("synthetic", "release", "exit_code", "spaces", "membership")
-    foreign, release, exit_code, beside, member = (settings.pop(name) for name in own)
+    own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings")
+    foreign, release, exit_code, beside, member, vectors = (settings.pop(name) for name in own)
     sets = data.load(**config.data.to_dict())
     model = train_detector(config, workdir / "detector", sets, purpose=2)
     again = train_detector(config, workdir / "detector-again", sets, purpose=4) if release else None
@@ -127,20 +128,29 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     source = workdir / "samples" if ours else Path(foreign).expanduser()
     reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
     synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config, workdir).reading} if ours else {}))
-    generator = build_generator(config, workdir) if ours else None
-    render = ldm.round_trip(generator) if ours else None
-    losses = None
-    if ours and member and not config.sample.control:
+    others = detection.spaces_of(beside, model.image_shape, detection.untrained(model, key(config, 5)), ldm.ssim)
+    if vectors:
+        ids = {"train": sets["train"].ids, "val": sets["val"].ids, "synthetic": synthetic.ids}
+        others["audit.embeddings"] = ldm.read_features(Path(vectors), ids, "config.audit.embeddings")
+    plants, render, losses = copies.grid(), None, None
+    if ours:
+        generator = build_generator(config, workdir)
+        render = ldm.round_trip(generator)
+        plants["autoencoder", 1.0] = lambda key, x: render(x)
+        others["latents"] = detection.by_correlation(ldm.latents(generator), "the autoencoder's latents")
+    if ours and not config.sample.control:
         weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
-        losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
+        plants |= {("re-noise", level): ldm.renoised(generator, weights, level=level) for level in RENOISE}
+        if member:
+            losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
     result = detection.audit(
         detection.embedder(model),
         sets,
         synthetic,
         render=render,
-        plants=copies.grid() | ({("autoencoder", 1.0): lambda key, x: render(x)} if ours else {}),
+        plants=plants,
         again=again and detection.embedder(again),
-        others=detection.spaces_of(beside, model.image_shape, detection.untrained(model, key(config, 5)), ldm.ssim),
+        others=others,
         losses=losses,
         described={"config": config.to_dict(), "environment": log.provenance()},
         source=source,

@@ -164,8 +164,11 @@ def get_config(variant: str = "") -> ConfigDict:
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released
             "release": config_dict.placeholder(str),
-            # similarity spaces reported beside the detector: 'untrained', 'pixels', 'shifted pixels', 'SSIM'
+            # similarity spaces reported beside the detector: 'untrained', 'pixels', 'shifted pixels', 'SSIM'; of our own
+            # generators also the autoencoder's latents
             "spaces": ("untrained", "pixels", "shifted pixels", "SSIM"),
+            # and in vectors made elsewhere (ImageNet, DINO): an .npz with `ids` and `features` of all images
+            "embeddings": config_dict.placeholder(str),
             "membership": True,  # our own generators: compare denoising losses of training and unseen patients,
             "levels": (0.1, 0.2, 0.3, 0.5, 0.7),  # at these noise levels t / T
             "redact": False,  # True: report.html shows no real patient's image or id, so that it can be shared

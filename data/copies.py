@@ -5,6 +5,7 @@ Each is a pure function `(key, x) -> x` on the device, for batches (B, *size, C)
 
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 from jax import Array
 
 from data import augment
@@ -21,6 +22,7 @@ KINDS: dict[str, Callable[[Array, Array, float], Array]] = {
     "bias": lambda key, x, log_field: augment.bias_field(x, log_field),
     "noise": lambda key, x, deviation: augment.noise(key, x, deviation),
     "blur": lambda key, x, voxels: augment.blur(x, voxels),
+    "jpeg": lambda key, x, quality: augment.jpeg(x, quality),
     "combined": lambda key, x, s: augment.augment(
         key,
         x,
@@ -41,6 +43,7 @@ GRID: dict[str, tuple[float, ...]] = {
     "bias": (0.3, 0.6),
     "noise": (0.05, 0.1, 0.2),
     "blur": (1.0, 2.0),
+    "jpeg": (50.0, 10.0),
     "combined": (1.0,),
 }
 
@@ -56,6 +59,6 @@ def grid(strengths: Mapping[str, Sequence[float]] | None = None) -> dict[tuple[s
         raise ValueError(f"config.audit.planted: no kind {unknown[0]!r}; use {', '.join(KINDS)}")
 
     def copy(kind: str, strength: float) -> Callable[[Array, Array], Array]:
-        return lambda key, x: KINDS[kind](key, x, strength)
+        return jax.jit(lambda key, x: KINDS[kind](key, x, strength))
 
     return {(kind, float(s)): copy(kind, float(s)) for kind, values in strengths.items() for s in values}

@@ -2,5 +2,6 @@
 
 from detection.audit import audit
 from detection.detector import Detector, build, embedder, train, untrained
+from detection.spaces import by_correlation
 from detection.spaces import chosen as spaces_of
 from detection.verdict import EXIT

@@ -59,7 +59,7 @@ def plant(
     """Copies the chosen training images in every kind and strength, renders and embeds them, and finds their nearest.
 
     Args:
-      plants: (kind, strength) -> `copy(key, x) -> x`, in the order of the report; the first strength of a kind is standard.
+      plants: (kind, strength) -> jitted `copy(key, x) -> x`, in the order of the report; the first strength of a kind is standard.
       like_train_NxD: embeddings of the training images as `view` renders them, as `search` takes them.
       view: the rendering that a generator's copy would have.
     """
@@ -68,8 +68,7 @@ def plant(
     planted, seen = [], set()
     with log.progress("positive control", len(plants), unit="kind") as bar:
         for (kind, strength), copy in plants.items():
-            made = jax.jit(copy)
-            parts = list(mesh.stream(lambda x, made=made: embed(view(made(key, x))), in_order(subset, batch)))
+            parts = list(mesh.stream(lambda x, copy=copy: embed(view(copy(key, x))), in_order(subset, batch)))
             found = search(np.concatenate(parts), like_train_NxD)
             planted.append(Planted(kind, strength, kind not in seen, found.sim[:, 0], found.index[:, 0]))
             seen.add(kind)

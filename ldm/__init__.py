@@ -5,13 +5,15 @@ from ldm.generator import (
     Weights,
     build,
     encode_set,
+    latents,
     load,
     optimal,
+    renoised,
     round_trip,
     sampler,
     train_autoencoder,
     train_diffusion,
 )
 from ldm.levels import loss_levels
-from ldm.quality import evaluate
+from ldm.quality import evaluate, read_features
 from ldm.similarity import ssim

@@ -343,6 +343,31 @@ def sampler(
     return lambda numbers: draw(weights, numbers)
 
 
+def renoised(
+    generator: Generator, weights: Weights, *, level: float, steps: int = 20
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`(key, x) -> x`: images given noise in the latent space up to the time t / T = `level`, and denoised by DDIM, as the
+    generator would if it had come so near to them. Row i depends on fold_in(key, i) alone."""
+
+    @jax.jit
+    def copy(weights: Weights, key: jax.Array, x: jax.Array) -> jax.Array:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(x)))
+        z = (generator.autoencoder.encode(weights.autoencoder, x).mu - weights.mean) / weights.std
+        how = {"sampler": "ddim", "steps": steps, "z": z, "level": level}
+        z = samplers.sample(generator.denoiser, weights.unet, keys, z.shape[1:], **how)
+        x = generator.autoencoder.decode(weights.autoencoder, z * weights.std + weights.mean)
+        return jnp.clip(x, -1.0, 1.0)
+
+    return lambda key, x: copy(weights, key, x)
+
+
+def latents(generator: Generator) -> Callable[[jax.Array], jax.Array]:
+    """A jitted function: images (B, *S, C) -> the means of their latents as vectors (B, D)."""
+    params = load_autoencoder(generator)
+    encode = jax.jit(lambda params, x: generator.autoencoder.encode(params, x).mu.reshape(len(x), -1))
+    return lambda x: encode(params, x)
+
+
 def round_trip(generator: Generator) -> Callable[[jax.Array], jax.Array]:
     """A jitted function: images -> the autoencoder's rendering of them, clipped to [-1, 1].
 

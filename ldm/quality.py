@@ -98,16 +98,18 @@ def on_sphere(x_NxD: np.ndarray) -> np.ndarray:
     return x * np.sqrt(x.shape[1]) / np.maximum(norm, 1e-12)
 
 
-def read_features(path: Path, ids: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+def read_features(
+    path: Path, ids: Mapping[str, Sequence[str]], key: str = "config.quality.features"
+) -> dict[str, np.ndarray]:
     """Anyone's features of the sets' images: an .npz with `ids` (N,) and `features` (N, D), matched by id.
 
-    An id may be written `set/id`, as in 'synthetic/000001.png'; it must be where two sets share an id.
+    `key` of the configuration named the file. An id may be written `set/id`, as in 'synthetic/000001.png'; it must be where two sets share an id.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file, what it lacks, and the mend.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file; correct config.quality.features")
+        raise FileNotFoundError(f"{path}: there is no such file; correct {key}")
     try:
         file = np.load(path, allow_pickle=False)
         lacking = {"ids", "features"} - set(file.files)

@@ -108,11 +108,15 @@ def sample(
     sampler: str,
     steps: int,
     eta: float = 0.0,
+    z: jax.Array | None = None,
+    level: float = 1.0,
 ) -> jax.Array:
     """Latents (B, *shape).
 
     Args:
       keys_B: one key per sample; a sample depends on its own key alone, not on its batch.
+      z: latents (B, *shape) to start from in place of nothing: they are given noise up to the time `level` T and
+        denoised from there, in the share `level` of the `steps`.
       sampler: one of `SAMPLERS`.
       eta: of 'ddim': 0 is deterministic, 1 is 'ddpm'.
     Raises:
@@ -133,6 +137,10 @@ def sample(
     def body(carry: tuple[jax.Array, jax.Array], s: Step) -> tuple[tuple[jax.Array, jax.Array], None]:
         return SAMPLERS[sampler](model, s, *carry, normal, eta), None
 
+    path = plan(denoiser.schedule, steps)
     start = normal(0)
-    (z, _), _ = jax.lax.scan(body, (start, jnp.zeros_like(start)), plan(denoiser.schedule, steps))
+    if z is not None:
+        path = jax.tree.map(lambda rows: rows[steps - max(1, round(level * steps)) :], path)
+        start = path.now.alpha[0] * z + path.now.sigma[0] * start
+    (z, _), _ = jax.lax.scan(body, (start, jnp.zeros_like(start)), path)
     return z

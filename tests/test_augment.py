@@ -1,10 +1,12 @@
 """Distortions against scipy and numpy, and the properties that copy detection rests on."""
 
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.ndimage
 from hypothesis import given, settings
@@ -271,3 +273,21 @@ def test_bad_single_transforms_are_one_clear_line():
     ):
         with pytest.raises(ValueError, match=r"^augment: "):
             call()
+
+
+@pytest.mark.parametrize("quality", [90, 50, 10])
+@pytest.mark.parametrize("shape", [(1, 40, 32, 1), (1, 29, 43, 1)])
+def test_jpeg_is_libjpegs(shape, quality):
+    grey = np.asarray(np.round((_images(shape, 3) + 1) * 127.5), np.uint8)
+    stored = io.BytesIO()
+    PIL.Image.fromarray(grey[0, ..., 0]).save(stored, "jpeg", quality=quality)
+    theirs = np.asarray(PIL.Image.open(stored), float)
+    ours = (np.asarray(aug.jpeg(grey / np.float32(127.5) - 1, quality))[0, ..., 0] + 1) * 127.5
+    lost = np.abs(theirs - grey[0, ..., 0]).mean()
+    assert np.abs(ours - theirs).mean() < 0.2 * lost, "libjpeg's own cosine transform is of whole numbers"
+
+
+def test_jpeg_of_a_volume_is_its_slices():
+    x = _images((1, 3, 16, 24, 1))
+    slices = [aug.jpeg(x[:, i], 30) for i in range(3)]
+    np.testing.assert_array_equal(aug.jpeg(x, 30), np.stack(slices, 1))

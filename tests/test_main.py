@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
@@ -74,6 +75,8 @@ def test_the_whole_path(whole):
     assert all(0 <= rate <= 1 for rate in rates)
     assert audit["calibrated"]["n_copies"] == sum(line.endswith(",1") for line in verdicts.splitlines()[1:])
     assert verdicts.splitlines()[0] == "image,nearest,nearest_patient,similarity,p_value,flagged"
+    assert {"jpeg", "autoencoder", "re-noise"} <= {planted["kind"] for planted in audit["positive_control"]}
+    assert audit["spaces"].keys() == {"detector", "untrained", "pixels", "shifted pixels", "SSIM", "latents"}
     for name in ("pairs.png", "histogram.png"):
         assert np.asarray(PIL.Image.open(whole / "audit" / name)).std() > 1
     judged = json.loads((whole / "quality.json").read_text())
@@ -129,25 +132,35 @@ def test_two_processes_train_and_agree_with_one(whole, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_any_folder_of_images_is_audited(whole, cache, tmp_path):
-    """Training images under other names are all copies, with no generator of ours in the workdir."""
+@pytest.mark.parametrize("size", [(32, 32), (16, 24, 20)])
+def test_any_folder_of_images_is_audited(cache, tmp_path, size):
+    """Training images under other names are all copies, with no generator of ours in the workdir: PNG and NIfTI."""
     import data
     from configs import brain
 
     config = brain.get_config("tiny").data.to_dict()
-    train = data.load(**{**config, "cache": str(cache)})["train"]
+    sets = data.load(**{**config, "cache": str(cache), "size": size})
     folder = tmp_path / "made elsewhere"
     folder.mkdir()
-    for i, image in enumerate(train.images):
-        grey = np.round((image[..., 0] + 1) * 127.5).astype(np.uint8)
-        PIL.Image.fromarray(grey).save(folder / f"x{i}.png")
-    done = run(
-        tmp_path / "run", "--mode=audit", f"--config.audit.synthetic={folder}", "--config.audit.fdr=0.2", cache=cache
-    )
+    grey = [np.round((image[..., 0] + 1) * 127.5).astype(np.uint8) for image in sets["train"].images]
+    for i, image in enumerate(grey):
+        if image.ndim == 2:
+            PIL.Image.fromarray(image).save(folder / f"x{i}.png")
+        else:  # (D, H, W), upside down on the display: to (x, y, z) in RAS+
+            nibabel.save(nibabel.Nifti1Image(image.T[:, ::-1], np.diag([1, 1, 1, 1])), folder / f"x{i}.nii.gz")
+    made = sorted(folder.iterdir())
+    vectors = {f"synthetic/{path.name}": grey[int(path.name[1:].split(".")[0])].ravel() for path in made}
+    for name in ("train", "val"):
+        vectors |= {f"{name}/{i}": x.ravel() for i, x in zip(sets[name].ids, sets[name].images, strict=True)}
+    np.savez(tmp_path / "vectors.npz", ids=list(vectors), features=np.stack(list(vectors.values())))
+    flags = [f"--config.audit.synthetic={folder}", "--config.audit.fdr=0.2", f"--config.data.size={size}"]
+    flags += [f"--config.audit.embeddings={tmp_path / 'vectors.npz'}"]
+    done = run(tmp_path / "run", "--mode=audit", *flags, cache=cache)
     assert done.returncode == 0, done.stderr
     audit = json.loads((tmp_path / "run" / "audit" / "audit.json").read_text())
     assert audit["calibrated"]["copy_rate"] == 1 and audit["calibrated"]["n_mem"] == 16
     assert audit["paper"]["n_copies"] == audit["paper"]["n_mem"] == 16
+    assert audit["spaces"]["audit.embeddings"]["agreement"] == 1
 
 
 @pytest.mark.parametrize(

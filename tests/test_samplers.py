@@ -225,3 +225,22 @@ def test_ancestral_steps_are_diffusers(monkeypatch):
                 model, s, jnp.asarray(z_t), None, lambda i, noise=noise: noise * jnp.ones((1, 4, 4, 1)), 0
             )
             np.testing.assert_allclose(mine, theirs, atol=2e-3 if t == 0 else 2e-4, err_msg=f"t={t}, noise={noise}")
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5, 1.0])
+def test_noise_and_denoising_of_a_given_latent(level):
+    """With the optimal denoiser of Gaussian data, a latent comes back with what the noise left of it."""
+    schedule = diffusion.schedule("cosine", 1000)
+    z = jnp.asarray(np.random.default_rng(2).multivariate_normal(MEAN, COVARIANCE, 2000), jnp.float32)
+    keys = jax.random.split(jax.random.key(1), len(z))
+    how = {"sampler": "ddim", "steps": 200, "z": z.reshape(-1, 2, 2, 1), "level": level}
+    out = samplers.sample(of_gaussian(schedule, "v"), None, keys, (2, 2, 1), **how).reshape(-1, 4)
+    np.testing.assert_allclose(np.cov(np.asarray(out).T), COVARIANCE, atol=0.08)
+    np.testing.assert_allclose(out.mean(0), MEAN, atol=0.08)
+    alpha, sigma = (c[round(level * 1000) - 1] for c in schedule)
+    # both z and out are the same linear map away from z_t, so they correlate as alpha^2 C / (alpha^2 C + sigma^2)
+    power, axes = np.linalg.eigh(COVARIANCE)
+    left, right = ((np.asarray(v) - MEAN) @ axes for v in (z, out))
+    found = (left * right).mean(0) / np.sqrt((left**2).mean(0) * (right**2).mean(0))
+    expected = np.sqrt(alpha**2 * power / (alpha**2 * power + sigma**2))
+    np.testing.assert_allclose(found, expected, atol=0.08)
