@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     stages = (*(config.train[name] for name in STAGES), config.sample, config.audit, config.quality)
     machine.start([stage.batch for stage in stages])
-    with jax.set_mesh(mesh.make(config.mesh.fsdp)):
+    with jax.set_mesh(mesh.make(**config.mesh.to_dict())):
         stage.describe(workdir, config.to_dict(), log.provenance())
         codes = [{"train": train, "sample": sample, "audit": audit}[mode](config, workdir) for mode in _MODE.value]
     return max(code or 0 for code in codes)

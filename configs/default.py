@@ -195,7 +195,12 @@ def get_config(variant: str = "") -> ConfigDict:
             "batch": 64,
         }
     )
-    config.mesh = ConfigDict({"fsdp": 1})  # devices that share each large parameter; the others split the batch
+    config.mesh = ConfigDict(
+        {
+            "fsdp": 1,  # devices that share each large parameter; the others split the batch
+            "spatial": 1,  # devices that share each image, along its first axis: for volumes too large for one device
+        }
+    )
     return config
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch import mesh
+
 _INITIALISERS = {
     "kernel": nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
     "zero": nn.initializers.zeros,
@@ -43,32 +45,43 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array
     """Convolution of `x` (B, *S, C) with `kernel` (*K, C, F), zero padding K // 2 on both sides.
 
     On a CPU a 3D convolution is a sum of 2D ones over the depth taps, depth folded into the batch: XLA's native one
-    is about five times slower there.
+    is about five times slower there. Images that a mesh splits over devices stay split.
     """
     size = kernel.shape[:-2]
     if all(k == 1 for k in size):
         steps = (slice(None), *(slice(None, None, s) for s in strides))
         return x[steps] @ kernel.reshape(kernel.shape[-2:])
+    reach, step = size[0] // 2, strides[0]
+    inner = lambda slab, kernel: _conv(slab, kernel, strides, depth_padding=0)
+    y = None
+    if size[0] % 2:
+        y = mesh.over_slabs(inner, x, kernel, before=reach, after=max(reach - step + 1, 0), multiple=step)
+    outer = lambda x, kernel: _conv(x, kernel, strides, depth_padding=reach)
+    return mesh.over_rows(outer, x, kernel) if y is None else y
+
+
+def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], depth_padding: int) -> jax.Array:
+    size = kernel.shape[:-2]
     if len(size) == 3 and jax.default_backend() == "cpu":
-        return _conv3d_by_taps(x, kernel, strides)
+        return _conv3d_by_taps(x, kernel, strides, depth_padding)
     spatial = "DHW"[-len(size) :]
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        [(k // 2, k // 2) for k in size],
+        [(depth_padding, depth_padding), *((k // 2, k // 2) for k in size[1:])],
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )
 
 
-def _conv3d_by_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+def _conv3d_by_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], depth_padding: int) -> jax.Array:
     taps, step = kernel.shape[0], strides[0]
-    depth = (x.shape[1] + 2 * (taps // 2) - taps) // step + 1
-    padded = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (0, 0), (0, 0), (0, 0)))
+    padded = jnp.pad(x, ((0, 0), (depth_padding, depth_padding), (0, 0), (0, 0), (0, 0)))
+    depth = (padded.shape[1] - taps) // step + 1
     total = 0.0
     for tap in range(taps):
         planes = padded[:, tap : tap + step * (depth - 1) + 1 : step]
-        total += conv(planes.reshape(-1, *planes.shape[2:]), kernel[tap], strides[1:])
+        total += _conv(planes.reshape(-1, *planes.shape[2:]), kernel[tap], strides[1:], kernel.shape[1] // 2)
     return total.reshape(x.shape[0], depth, *total.shape[1:])
 
 

@@ -216,7 +216,7 @@ def whole_batches(in_order: Callable, images: Sequence, batch: int) -> Iterator[
 
     Where there are fewer images than devices, all are repeated equally often.
     """
-    devices = mesh.size()
+    devices = mesh.shares()
     if len(images) < devices:
         images = [image for _ in range(devices) for image in images]
     batch = min(batch, len(images)) // devices * devices

@@ -1,41 +1,71 @@
 """The one place that knows the mesh: axes, the sharding rule, and how host arrays become global ones.
 
-Two axes, `data` and `fsdp`. A batch is split over both; a parameter is split over `fsdp` by a rule on its shape alone,
-so optimiser moments and averages follow their parameters without annotations. The same code runs on 1 device or 512.
+Three axes. A batch is split over `data` and `fsdp`; a parameter is split over `fsdp` by a rule on its shape alone, so
+optimiser moments and averages follow their parameters without annotations; each image is split over `spatial` along its
+first spatial axis, for volumes too large for one device; convolutions exchange their borders. The same code
+runs on 1 device or 512.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from launch import preempt
 
-AXES = ("data", "fsdp")
-BATCH = jax.P(AXES)
+AXES = ("data", "fsdp", "spatial")
+BATCH_AXES = AXES[:2]
 REPLICATED = jax.P()
 SHARD_AT_LEAST = 2**14  # elements; smaller leaves cost more to gather than to hold
 
 
-def make(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over `devices` (None: all of all processes), `fsdp` of them along the parameter-sharding axis.
+def make(fsdp: int = 1, spatial: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over `devices` (None: all of all processes).
 
+    Args:
+      fsdp: devices that share each large parameter.
+      spatial: devices that share each image; they are of one process, so that a process feeds whole images.
     Raises:
-      ValueError: if `fsdp` does not divide the number of devices.
+      ValueError: if the numbers do not divide the devices, or an image would be shared by two processes.
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
-    if fsdp < 1 or n % fsdp:
-        raise ValueError(f"config.mesh.fsdp={fsdp} must divide the {n} devices")
-    return jax.make_mesh((n // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    if fsdp < 1 or spatial < 1 or n % (fsdp * spatial):
+        raise ValueError(f"config.mesh.fsdp={fsdp} times config.mesh.spatial={spatial} must divide the {n} devices")
+    shape = (n // (fsdp * spatial), fsdp, spatial)
+    auto = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    if not in_process_order(np.vectorize(lambda d: d.process_index)(mesh.devices)):
+        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+        mesh = Mesh(np.array(ordered).reshape(shape), AXES, axis_types=auto)
+    if not in_process_order(np.vectorize(lambda d: d.process_index)(mesh.devices)):
+        raise ValueError(f"config.mesh.spatial={spatial}: must divide the number of devices of each process")
+    return mesh
+
+
+def in_process_order(process: np.ndarray) -> bool:
+    """Whether the batch rows of a mesh, given the process of each of its devices, are process 0's, then process 1's, ...
+
+    That is what `rows` and the input pipeline take for granted; a mesh laid out along a pod's wires may differ.
+    """
+    shares = process.reshape(-1, process.shape[-1])
+    one_process_each = (shares == shares[:, :1]).all()
+    return bool(one_process_each and (np.diff(shares[:, 0]) >= 0).all())
 
 
 def size() -> int:
     """Number of devices of the current mesh."""
     return jax.sharding.get_mesh().size
+
+
+def shares() -> int:
+    """Into how many parts the current mesh splits a batch."""
+    mesh = jax.sharding.get_mesh()
+    return mesh.size // mesh.shape["spatial"]
 
 
 def leaf_spec(shape: tuple[int, ...], fsdp: int) -> jax.P:
@@ -60,10 +90,61 @@ def replicated() -> NamedSharding:
     return NamedSharding(jax.sharding.get_mesh(), REPLICATED)
 
 
+def batch_spec(shape: tuple[int, ...], spatial: int) -> jax.P:
+    """Of an array of whole rows: rows over the batch axes, and images (B, *S, C) over `spatial` where it divides S[0]."""
+    return jax.P(BATCH_AXES, "spatial") if len(shape) >= 4 and shape[1] % spatial == 0 else jax.P(BATCH_AXES)
+
+
 def put(local: Any) -> Any:
     """This process's rows of a batch (a tree of host arrays) as global arrays split over all devices."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), BATCH)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
+    mesh = jax.sharding.get_mesh()
+
+    def one(x: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, batch_spec(x.shape, mesh.shape["spatial"]))
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(lambda x: one(np.asarray(x)), local)
+
+
+def over_slabs(
+    fn: Callable, x: jax.Array, weights: jax.Array, *, before: int, after: int, multiple: int = 1
+) -> jax.Array | None:
+    """`fn(slab, weights)` on each device's slab of (B, *S, C), with planes of its neighbours before and after it.
+
+    Beyond the ends of the image they are zeros. This is the border exchange of a convolution, by hand: XLA's own
+    partitioner makes wrong gradients of strided kernels where slabs are thin (jax 0.10; tests/test_mesh.py).
+
+    Returns:
+      None where images are not split here into slabs of a `multiple` of planes that reach as far as `before` and `after`.
+    """
+    split = _spatial(x)
+    thick = max(before, after)
+    if split == 1 or x.shape[1] % (split * multiple) or x.shape[1] < split * thick:
+        return None
+    down, up = ([(i, i + 1) for i in range(split - 1)], [(i + 1, i) for i in range(split - 1)])
+
+    def local(x: jax.Array, weights: jax.Array) -> jax.Array:
+        parts = [jax.lax.ppermute(x[:, -before:], "spatial", down)] if before else []
+        parts += [x]
+        parts += [jax.lax.ppermute(x[:, :after], "spatial", up)] if after else []
+        return fn(jnp.concatenate(parts, axis=1), weights)
+
+    spec = jax.P(BATCH_AXES, "spatial")
+    return jax.shard_map(local, in_specs=(spec, jax.P()), out_specs=spec)(x, weights)
+
+
+def over_rows(fn: Callable, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`fn(x, weights)` on whole images: where a mesh splits them they are gathered first, each group of devices alike."""
+    if _spatial(x) == 1:
+        return fn(x, weights)
+    return jax.shard_map(fn, in_specs=(jax.P(BATCH_AXES), jax.P()), out_specs=jax.P(BATCH_AXES))(x, weights)
+
+
+def _spatial(x: jax.Array) -> int:
+    """Devices that share an image of the batch; 1 too for a batch that cannot be split by rows (a model's first look)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spatial = mesh.shape.get("spatial", 1)
+    return spatial if spatial > 1 and x.shape[0] % (mesh.size // spatial) == 0 else 1
 
 
 def fetch(tree: Any) -> Any:
@@ -79,8 +160,8 @@ def rows(batch: int) -> slice:
     Raises:
       ValueError: if the devices do not divide the batch evenly.
     """
-    if batch % size():
-        raise ValueError(f"batch size {batch} must be a multiple of the {size()} devices")
+    if batch % shares():
+        raise ValueError(f"batch size {batch} must be a multiple of the {shares()} devices that split a batch")
     local = batch // jax.process_count()
     return slice(jax.process_index() * local, (jax.process_index() + 1) * local)
 

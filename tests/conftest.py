@@ -34,12 +34,12 @@ def one_device_mesh(request):
 
 @pytest.fixture
 def mesh_of():
-    """`mesh_of(devices, fsdp)`: a mesh of the first so many devices."""
+    """`mesh_of(devices, fsdp, spatial)`: a mesh of the first so many devices."""
     return make_mesh
 
 
-def make_mesh(devices: int, fsdp: int) -> jax.sharding.Mesh:
-    return mesh.make(fsdp, devices=jax.devices()[:devices])
+def make_mesh(devices: int, fsdp: int, spatial: int = 1) -> jax.sharding.Mesh:
+    return mesh.make(fsdp, spatial, devices=jax.devices()[:devices])
 
 
 @pytest.fixture
