@@ -3,10 +3,11 @@
 python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=runs/brain
 """
 
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -56,29 +57,29 @@ def train(config: ConfigDict, workdir: Path) -> None:
     checkpoint.write_json(workdir / "data.json", {"spacing": sets["train"].spacing, "window": sets["train"].window})
     generator = build_generator(config, workdir)
     images, held_out, pipeline = sets["train"].images, sets["select"].images, pipeline_of(config)
-    claim(config, workdir / "autoencoder", *AUTOENCODER)
-    ldm.train_autoencoder(
-        generator,
-        images,
-        held_out,
-        **pipeline,
-        augment=augmentation(config.augment.autoencoder),
-        key=key(config, 0),
-        **config.train.autoencoder.to_dict(),
-    )
-    ldm.encode_set(generator, images, in_order=data.in_order)
-    claim(config, workdir / "diffusion", *GENERATOR, grow=("train.diffusion.steps",))
-    ldm.train_diffusion(
-        generator,
-        images,
-        held_out,
-        **pipeline,
-        patients=(sets["train"].patients, sets["select"].patients),
-        augment=augmentation(config.augment.diffusion),
-        key=key(config, 1),
-        guard=config.train.guard,
-        **config.train.diffusion.to_dict(),
-    )
+    with claim(config, workdir / "autoencoder", *AUTOENCODER):
+        ldm.train_autoencoder(
+            generator,
+            images,
+            held_out,
+            **pipeline,
+            augment=augmentation(config.augment.autoencoder),
+            key=key(config, 0),
+            **config.train.autoencoder.to_dict(),
+        )
+        ldm.encode_set(generator, images, in_order=data.in_order)
+    with claim(config, workdir / "diffusion", *GENERATOR, grow=("train.diffusion.steps",)):
+        ldm.train_diffusion(
+            generator,
+            images,
+            held_out,
+            **pipeline,
+            patients=(sets["train"].patients, sets["select"].patients),
+            augment=augmentation(config.augment.diffusion),
+            key=key(config, 1),
+            guard=config.train.guard,
+            **config.train.diffusion.to_dict(),
+        )
     train_detector(config, workdir / "detector", sets, purpose=2)
 
 
@@ -86,7 +87,7 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     """Image files `samples/000000.*` and on, as `sample.format` says; those that exist are kept."""
     folder, form = workdir / "samples", form_of(config, workdir)
     draw, source = drawing(config, build_generator(config, workdir))
-    claim(config, folder, *GENERATOR, "sample", grow=("sample.n",))
+    stage.claim(folder, settings_of(config, *GENERATOR, "sample"), grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
     missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
     if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
@@ -189,18 +190,18 @@ def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.Image
 
 def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -> detection.Detector:
     """The copy detector in `folder`, trained unless it is there; another `purpose` is another seed."""
-    claim(config, folder, "detector", "train.detector")
     model = detection.build((*config.data.size, 1), folder, **detector_of(config))
-    detection.train(
-        model,
-        sets["train"].images,
-        sets[config.detector.select_on].images,
-        **pipeline_of(config),
-        augment=augmentation(config.detector.augment),
-        both=config.detector.both,
-        key=key(config, purpose),
-        **config.train.detector.to_dict(),
-    )
+    with claim(config, folder, "detector", "train.detector"):
+        detection.train(
+            model,
+            sets["train"].images,
+            sets[config.detector.select_on].images,
+            **pipeline_of(config),
+            augment=augmentation(config.detector.augment),
+            both=config.detector.both,
+            key=key(config, purpose),
+            **config.train.detector.to_dict(),
+        )
     return model
 
 
@@ -247,14 +248,23 @@ def key(config: ConfigDict, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), purpose)
 
 
-def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> None:
-    """Refuses a folder made with other settings of these sections, of the data or of the seed."""
+def settings_of(config: ConfigDict, *sections: str) -> dict:
+    """What decides a stage's result: these sections, the data and the seed; flat."""
     no_matter = ("data.cache", "data.workers", "data.beam", "data.accept_duplicates", "sample.batch")
     flat = stage.flatten(config.to_dict()) | dict.fromkeys(no_matter)  # these change no result
     if config.train.guard != "stop":
         flat["train.guard"] = None  # it changes none either
     mine = ("seed", "data", *sections)
-    stage.claim(folder, {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}, grow)
+    return {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}
+
+
+@contextlib.contextmanager
+def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> Iterator[None]:
+    """`with claim(...)`: train a stage that may be shared; refuses a folder made with other settings."""
+    settings = settings_of(config, *sections)
+    with stage.shared(folder, settings, config.share and Path(config.share).expanduser()):
+        stage.claim(folder, settings, grow)
+        yield
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ def get_config(variant: str = "") -> ConfigDict:
     only(variant, "")
     config = ConfigDict()
     config.seed = 0
+    # folder in which runs find each other's trained stages, by their settings, so that the same one is trained once, as
+    # in a study; None: each --workdir has its own
+    config.share = config_dict.placeholder(str)
 
     # ---- images on disk -> arrays, split by patient
     config.data = data = ConfigDict()

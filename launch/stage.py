@@ -1,14 +1,21 @@
-"""A stage is a folder of a workdir with the settings it was made with; other settings are refused, not mixed in."""
+"""A stage is a folder of a workdir with the settings it was made with; other settings are refused, not mixed in.
 
+Runs may share stages: then the folder is a link to one named after a hash of those settings.
+"""
+
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from launch import checkpoint
+from launch import checkpoint, log
 
 
 def describe(workdir: Path, config: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -39,7 +46,8 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
     before = json.loads(path.read_text()) if path.exists() else settings
     for key in [*before, *settings]:
         was, now = before.get(key), settings.get(key)
-        if was != now and not (key in grow and was is not None and was < now):
+        grown = key in grow and was is not None and now is not None and was < now
+        if was != now and (not grown or folder.is_symlink()):  # a shared folder is named after its settings
             raise ValueError(
                 f"{folder} was made with config.{key}={was!r}, not {now!r}: use another --workdir, or delete that folder"
             )
@@ -47,6 +55,38 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
         folder.mkdir(parents=True, exist_ok=True)
     barrier(f"claim {folder.name}")
     checkpoint.write_json(path, settings)
+
+
+@contextlib.contextmanager
+def shared(folder: Path, settings: dict[str, Any], store: Path | None) -> Iterator[None]:
+    """`with shared(...)`: claim `folder` and do the stage, while no other process does the same one.
+
+    Args:
+      store: where runs with the same settings find the stage: `folder` becomes a link to one named after a hash of its
+        settings in there, unless it is there already. A run that comes second finds it done, or waits, or goes on from
+        the last checkpoint where the first was killed: the lock goes with the process that holds it. None: not shared.
+    """
+    if store is None:
+        yield
+        return
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    name = f"{folder.name}-{key}"
+    lead = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if lead:
+            store.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((store / f"{name}.lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.say(f"{folder.name}: another run is at the same one; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            (store / name).mkdir(exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not (folder.exists() or folder.is_symlink()):
+                folder.symlink_to(os.path.relpath((store / name).resolve(), folder.parent.resolve()))
+        barrier(f"share {folder.name}")
+        yield
 
 
 def barrier(name: str) -> None:

@@ -2,11 +2,15 @@
 
 import collections
 import json
+import subprocess
+import sys
+import time
 
 import jax.numpy as jnp
 import pytest
 
 from launch import checkpoint, stage
+from tests.conftest import ROOT
 
 
 def test_flatten_and_json_types():
@@ -47,3 +51,60 @@ def test_json_refuses_nan_and_leaves_the_old_file(tmp_path):
         checkpoint.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_runs_with_the_same_settings_share_a_stage(tmp_path):
+    def run(workdir, rate):
+        with stage.shared(workdir / "coder", {"rate": rate, "steps": 5}, tmp_path / "store"):
+            stage.claim(workdir / "coder", {"rate": rate, "steps": 5}, grow=("steps",))
+            made = workdir / "coder" / "weights"
+            if not made.exists():
+                made.write_text(workdir.name)
+        return made.read_text()
+
+    assert [run(tmp_path / name, rate) for name, rate in (("a", 1.0), ("b", 1.0), ("c", 2.0))] == ["a", "a", "c"]
+    assert len(list((tmp_path / "store").glob("coder-*/settings.json"))) == 2
+    with pytest.raises(ValueError, match=r"made with config\.steps=5, not 9"):  # it would be found under a false name
+        stage.claim(tmp_path / "a" / "coder", {"rate": 1.0, "steps": 9}, grow=("steps",))
+    (tmp_path / "moved").mkdir()
+    for name in ("a", "store"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert (tmp_path / "moved" / "a" / "coder" / "weights").read_text() == "a"
+
+
+def test_a_folder_that_is_there_stays_its_own(tmp_path):
+    (tmp_path / "run" / "coder").mkdir(parents=True)
+    with stage.shared(tmp_path / "run" / "coder", {"rate": 1.0}, tmp_path / "store"):
+        assert not (tmp_path / "run" / "coder").is_symlink()
+
+
+AT_WORK = """
+import sys, time, pathlib
+from launch import stage
+run, store, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
+with stage.shared(run / "coder", {"rate": 1.0}, store):
+    log = run / "coder" / "log"
+    log.open("a").write(f"{run.name} in\\n")
+    time.sleep(seconds)
+    log.open("a").write(f"{run.name} out\\n")
+"""
+
+
+@pytest.mark.slow
+def test_the_same_stage_is_done_by_one_at_a_time_and_a_kill_frees_it(tmp_path):
+    start = lambda name, seconds: subprocess.Popen(
+        [sys.executable, "-c", AT_WORK, tmp_path / name, tmp_path / "store", seconds], cwd=ROOT
+    )
+    first = start("a", "600")
+    while not (tmp_path / "a" / "coder" / "log").exists():
+        time.sleep(0.1)
+    others = [start(name, "0.3") for name in "bc"]
+    time.sleep(4)
+    log = tmp_path / "a" / "coder" / "log"
+    assert log.read_text().split("\n")[:-1] == ["a in"]
+    first.kill()
+    first.wait()
+    assert [process.wait(60) for process in others] == [0, 0]
+    lines = log.read_text().split("\n")[:-1]
+    assert [x.split()[1] for x in lines] == ["in", "in", "out", "in", "out"]
+    assert lines[1][0] == lines[2][0] and {lines[1][0], lines[3][0]} == {"b", "c"}
