@@ -61,7 +61,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
     cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 120})
     cohort.scans = 1  # scans per subject: same anatomy, new noise and bias field
-    cohort.duplicates = 0  # training subjects present a second time under another name
+    cohort.duplicates = 0  # training subjects present again under other names,
+    cohort.copies = 1  # so many more times each
 
     # ---- generator: KL autoencoder, then a UNet on its latents
     config.autoencoder = ConfigDict(
@@ -98,7 +99,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # it acts before encoding; the autoencoder's keeps its rendering of unseen patients like that of its training set
     config.augment = ConfigDict()
     config.augment.autoencoder = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5, "shift": 0.05, "scale": 0.08})
-    config.augment.diffusion = ConfigDict({"flip": 0.0, "rotate": 0.0, "rotate_p": 0.5})
+    config.augment.diffusion = ConfigDict({"flip": 0.0, "rotate": 0.0, "rotate_p": 0.5, "shift": 0.0, "scale": 0.0})
 
     # ---- copy detector
     config.detector = ConfigDict(

@@ -14,9 +14,14 @@ from launch import mesh
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all; only the first process writes."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`."""
     if jax.process_index() == 0:
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(data)
         os.replace(aside, path)
 
 

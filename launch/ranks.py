@@ -1,0 +1,61 @@
+"""Exact permutation tests for few repetitions: ties are allowed, no distribution is assumed, no number is approximated."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+from scipy import stats
+
+
+def trend(values_BxL: np.ndarray) -> tuple[float, float, float]:
+    """Whether values rise or fall over L ordered levels, in B blocks that were each measured at every level.
+
+    Page's L (Page 1963) with the levels' places centred, T = sum over blocks and levels of rank times place; under the
+    null each block's values come in any order alike.
+
+    Returns:
+      T (positive: rising), its two-sided p, and the smallest p that any outcome with as many blocks and levels and the
+      same ties could have had.
+    """
+    place_L = np.arange(values_BxL.shape[1]) - (values_BxL.shape[1] - 1) / 2
+    ranks_BxL = stats.rankdata(values_BxL, axis=1)
+    chance = Counter({0.0: 1.0})
+    for ranks_L in ranks_BxL:
+        orders = np.array(list(itertools.permutations(ranks_L)))
+        sums, counts = np.unique(np.round(orders @ place_L, 6), return_counts=True)
+        grown: Counter[float] = Counter()
+        for (before, p), (t, count) in itertools.product(chance.items(), zip(sums, counts, strict=True)):
+            grown[round(before + float(t), 6)] += p * count / len(orders)
+        chance = grown
+    at_least = lambda t: min(1.0, sum(p for other, p in chance.items() if abs(other) >= abs(t) - 1e-6))
+    t = float((ranks_BxL * place_L).sum())
+    return t, at_least(t), at_least(max(chance))
+
+
+def differ(values_BxL: np.ndarray) -> float:
+    """The p of Friedman's test (1937), exact: whether L unordered levels differ, by the spread of their rank sums."""
+    ranks_BxL = stats.rankdata(values_BxL, axis=1)
+    spread = lambda sums: round(sum(s * s for s in sums), 6)
+    chance = Counter({tuple(ranks_BxL[0]): 1.0})  # the first block's order does not matter: only how the others agree
+    for ranks_L in ranks_BxL[1:]:
+        orders = list(itertools.permutations(ranks_L))
+        grown: Counter[tuple[float, ...]] = Counter()
+        for (before, p), order in itertools.product(chance.items(), orders):
+            grown[tuple(b + r for b, r in zip(before, order, strict=True))] += p / len(orders)
+        chance = grown
+    seen = spread(ranks_BxL.sum(0))
+    return min(1.0, sum(p for sums, p in chance.items() if spread(sums) >= seen - 1e-6))
+
+
+def mean_interval(values: np.ndarray, halves: np.ndarray, low: float = -np.inf, high: float = np.inf) -> list[float]:
+    """[mean, low, high] of repetitions with other seeds, each with a 95 % interval of half-width `halves` of its own.
+
+    The seeds' t-interval says how runs differ; what a run's own interval says of the patients is common to all runs, who
+    share them, and more seeds do not narrow it. So the two are added in quadrature. One repetition: its own interval.
+    """
+    own = float(np.sqrt(np.mean(np.square(halves))))
+    between = 0.0
+    if len(values) > 1:
+        between = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    mean, half = float(np.mean(values)), float(np.hypot(own, between))
+    return [mean, max(low, mean - half), min(high, mean + half)]

@@ -1,0 +1,199 @@
+"""Studies: what is run, that any interruption ends in the same table, failures, and the shell scripts."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from launch import ablate, findings, studies
+from tests.conftest import ROOT
+
+FAKE = f"--main={shlex.join([sys.executable, str(ROOT / 'tests' / 'fake_main.py')])}"
+
+
+def flags(study, workdir, *more):
+    return [f"--study={study}", "--config=configs/brain.py:tiny", f"--workdir={workdir}", *more]
+
+
+def results(workdir):
+    pictures = {p.name: p.read_bytes() for p in workdir.glob("*.png")}
+    return (workdir / "study.csv").read_text(), (workdir / "study.html").read_text(), pictures
+
+
+def rows(workdir):
+    return list(csv.DictReader((workdir / "study.csv").open()))
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_override_is_a_key_of_the_config(name):
+    from configs import default
+
+    config, study = default.get_config(), studies.STUDIES[name]
+    for level in study.levels:
+        for key in [*level.overrides, *studies.ALWAYS]:
+            if key == "generator" and "generator" not in config:
+                pytest.skip("this config has one generator")
+            section = config
+            for part in key.split("."):
+                assert part in section, key
+                section = section[part]
+    assert len({level.name for level in study.levels}) == len(study.levels)
+    assert study.paper in (None, "rises", "falls")
+
+
+def test_a_study_runs_and_is_not_run_again(tmp_path, capsys):
+    assert ablate.main([*flags("width", tmp_path), FAKE]) == 0
+    assert [(row["run"], float(row["x"])) for row in rows(tmp_path)][:2] == [("00-16-seed0", 16), ("01-32-seed0", 32)]
+    assert len(rows(tmp_path)) == 12 and not list(tmp_path.glob("runs/*/COLLISION"))
+    before = results(tmp_path)
+    assert set(before[2]) == {"factor.png", "plane.png"}
+    html = before[1]
+    assert "The copy rate rises at every level" in html and "reproduced here" in html
+    assert "by +80.0 percentage points [+80.0, +80.0]" in html and "report that it rises" in html
+    capsys.readouterr()
+    assert ablate.main([*flags("width", tmp_path), FAKE]) == 0
+    assert "started" not in capsys.readouterr().err and results(tmp_path) == before
+    with pytest.raises(ValueError, match=r"config\.config='configs/brain\.py:tiny', not 'x'"):
+        ablate.main(["--study=width", "--config=x", f"--workdir={tmp_path}", FAKE])
+
+
+def test_one_training_run_is_handed_on(tmp_path):
+    assert ablate.main([*flags("steps", tmp_path, "--seeds=2"), FAKE]) == 0
+    last = json.loads((tmp_path / "runs" / "04-1600-seed1" / "diffusion" / "steps.json").read_text())
+    assert last == [100, 200, 400, 800, 1600]
+
+
+def test_the_law_finds_the_exponent(tmp_path):
+    assert ablate.main([*flags("law", tmp_path, "--seeds=1", "--config.unet.width=0"), FAKE]) == 0
+    assert "no exponent" in (tmp_path / "study.html").read_text()
+    rates = {2: 0.0, 4: 0.25, 8: 0.75}  # of steps / n
+    made = [
+        {"seed": seed, "group": n, "x": x, "copies": rate}
+        for seed in range(3)
+        for n in (16, 32, 64, 128)
+        for x, rate in rates.items()
+    ]
+    assert "to the power 1.00 [1.00, 1.00] over 3 seeds, n from 16 to 128" in findings.law(made)
+
+
+def test_failures_are_retried_then_named(tmp_path, capsys):
+    assert ablate.main([*flags("width", tmp_path, "--config.fail=1", "--seeds=2"), FAKE]) == 0
+    assert "04" not in capsys.readouterr().out
+    assert ablate.main([*flags("width", tmp_path / "b", "--config.fail=always", "--seeds=1"), FAKE]) == 1
+    told = capsys.readouterr()
+    assert "not done: 03-96-seed0: error: fail: always" in told.err and "no run is done yet" in told.out
+    assert told.err.count("00-16-seed0: exit code 1") == 2
+
+
+def test_what_is_missing_is_said_and_not_counted(tmp_path, capsys):
+    assert ablate.main([*flags("width", tmp_path, "--only=5"), FAKE]) == 0
+    assert not (tmp_path / "study.csv").exists()
+    assert ablate.main([*flags("width", tmp_path, "--collect"), FAKE]) == 1
+    assert len(rows(tmp_path)) == 1 and "00-16-seed0" in (tmp_path / "study.html").read_text()
+    assert "Too few runs are done for a test" in capsys.readouterr().out
+
+
+def test_runs_at_the_same_time_have_a_device_each(tmp_path, capfd):
+    assert ablate.main([*flags("width", tmp_path, "--seeds=1", "--devices=0,1"), FAKE]) == 0
+    assert len(rows(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--study=weight"], "there is none; there are augmentation, size"),
+        (["--seed=2"], "unexpected argument '--seed=2'"),
+        (["--seeds=0"], "--seeds and --tries must be at least 1"),
+        (["--only=12"], "this study has chains 0 to 11"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, more, told):
+    with pytest.raises(ValueError, match=told):
+        ablate.main([*flags("width", tmp_path), *more])
+
+
+def test_dry_run_prints_every_command(tmp_path, capsys):
+    assert ablate.main([*flags("steps", tmp_path / "none", "--seeds=1", "--config.sample.n=9", "--dry_run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and not (tmp_path / "none").exists()
+    assert lines[1].startswith("cp -RL ") and lines[1].endswith("01-200-seed0/diffusion")
+    assert lines[2].endswith("--config.sample.n=9") and "--config.train.diffusion.steps=200" in lines[2]
+    ablate.main([*flags("law", tmp_path / "none", "--count")])
+    assert capsys.readouterr().out == "12\n"
+
+
+def study(workdir, *more, seconds="0.15"):
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.ablate", *flags("steps", workdir, "--seeds=2", *more), FAKE],
+        cwd=ROOT,
+        env={**os.environ, "FAKE_SECONDS": seconds},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_study_killed_ten_times_ends_with_the_same_table(tmp_path):
+    """SIGKILL of the study alone (its run lives on), SIGTERM, and SIGINT, at random."""
+    whole = study(tmp_path / "whole", seconds="0.01")
+    assert whole.wait() == 0
+    rng, done = np.random.default_rng(0), []
+    for number in range(10):
+        process = study(tmp_path / "killed")
+        time.sleep(rng.uniform(0.5, 4.5))
+        how = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
+        process.send_signal(how)
+        process.wait(20)
+        process.stderr.close()
+        done.append(len(list(tmp_path.glob("killed/runs/*/quality.json"))))
+    assert done[5] < 10 and done[-1] > 0, "the kills came too late, or too early, to show anything"
+    assert study(tmp_path / "killed").wait() == 0
+    assert not list(tmp_path.glob("killed/runs/*/COLLISION"))
+    assert len(rows(tmp_path / "killed")) == 10
+    expected, seen = results(tmp_path / "whole"), results(tmp_path / "killed")
+    assert seen[0] == expected[0] and seen[2] == expected[2]
+    assert seen[1].replace("killed", "whole") == expected[1]
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_stops_its_run(tmp_path):
+    process = study(tmp_path, seconds="30")
+    while not list(tmp_path.glob("runs/*/busy")):
+        time.sleep(0.05)
+    run = int(next(tmp_path.glob("runs/*/busy")).read_text() or 0)
+    process.terminate()
+    assert process.wait(20) == 0 and "told to stop; the same command goes on" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(run, 0)
+
+
+@pytest.mark.slow
+def test_a_real_study_shares_its_stages(tmp_path):
+    """Two widths of the tiny brain configuration: one autoencoder and one detector, trained once."""
+    script = (
+        "import sys; from launch import ablate, studies\n"
+        "study = studies.STUDIES['width']\n"
+        "studies.STUDIES['width'] = study._replace(levels=study.levels[:2])\n"
+        "sys.exit(ablate.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags("width", tmp_path, "--seeds=1")],
+        cwd=ROOT,
+        env={**os.environ, "FACSIMILE_CACHE": str(tmp_path / "cache"), "FACSIMILE_QUIET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in tmp_path.glob("runs/*/log.txt"))
+    assert [row["level"] for row in rows(tmp_path)] == ["16", "32"]
+    shared = sorted(p.name.split("-")[0] for p in (tmp_path / "shared").iterdir() if p.is_dir())
+    assert shared == ["autoencoder", "detector", "diffusion", "diffusion"]
+    one, two = (tmp_path / "runs" / f"{name}-seed0" for name in ("00-16", "01-32"))
+    assert (one / "autoencoder").resolve() == (two / "autoencoder").resolve()
+    assert (one / "diffusion").resolve() != (two / "diffusion").resolve()
