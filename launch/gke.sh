@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# On a Kubernetes cluster: a study as an indexed job, a pod for each chain of runs; or one run on TPU slices by xpk.
+#
+#   launch/gke.sh [--dry_run] study --study=size --config=configs/brain.py --workdir=/disk/size [FLAG ...]
+#   launch/gke.sh [--dry_run] run --config=configs/xray.py:paper --mode=train,sample,audit --workdir=/disk/paper
+#
+# IMAGE: a container with this repository in /facsimile and its requirements installed. CLAIM: a ReadWriteMany volume claim
+# with file locks (Filestore), mounted as /disk. NAME: of the job. study: GPUS a pod (0: none), PODS at a time. run:
+# CLUSTER, TPU (v5litepod-16, v6e-16) and SLICES of xpk; STORAGE: xpk's name of the disk. A pod that is evicted saves and
+# is started again; `study` given again goes on, and `python -m launch.ablate ... --collect` writes the result.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${NAME:=facsimile}" "${IMAGE:?set IMAGE to the container}" "${CLAIM:=disk}" "${GPUS:=1}" "${PODS:=8}" "${SLICES:=1}"
+
+dry=""
+if [ "${1:-}" = --dry_run ]; then dry=1 && shift; fi
+what=${1:-} && shift
+case $what in
+  study)
+    runs=$("${PYTHON:-python}" -m launch.ablate "$@" --count)
+    flags=$(printf '%q ' "$@")
+    manifest=$(sed -e "s|NAME|$NAME|; s|IMAGE|$IMAGE|; s|CLAIM|$CLAIM|; s|GPUS|$GPUS|; s|PODS|$PODS|; s|RUNS|$runs|" launch/gke.yaml)
+    manifest=${manifest/FLAGS/"$flags"}
+    if [ "$dry" ]; then
+      echo "kubectl apply -f -" && echo "$manifest"
+    else
+      kubectl apply -f - <<<"$manifest"
+    fi
+    ;;
+  run)
+    command=(xpk workload create --workload="$NAME" --cluster="${CLUSTER:?set CLUSTER}" --tpu-type="${TPU:?set TPU}"
+      --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts=50 ${STORAGE:+--storage="$STORAGE"}
+      --command="cd /facsimile && FACSIMILE_METADATA=http://metadata.google.internal python main.py $(printf '%q ' "$@")")
+    printf '%q ' "${command[@]}" && echo
+    [ "$dry" ] || "${command[@]}"
+    ;;
+  *) echo "error: '$what': use study or run" >&2 && exit 2 ;;
+esac
