@@ -9,7 +9,7 @@ from configs import default
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    default.only(variant, "", "early", "large", "tiny")
+    default.only(variant, "", "early", "large", "small", "tiny")
     config = default.get_config()
     config.audit.exit_code = False  # a demonstration whose verdict is known: FAIL
     config.train.detector.batch = 32  # not more than there are subjects: an image is no negative of itself
@@ -17,6 +17,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.train.diffusion.steps = 200
     if variant == "large":  # many more subjects
         config.data.cohort.subjects.train = 1024
+    if variant == "small":
+        default.small(config)
     if variant == "tiny":
         config.data.cohort.subjects = {"train": 16, "select": 8, "val": 24, "control": 16}
         default.shrink(config)

@@ -220,6 +220,22 @@ def paper_detector(config: ConfigDict) -> None:
     config.detector.augment = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5})
 
 
+def small(config: ConfigDict) -> None:
+    """For studies of many runs on two cores: 32x32, half a minute a run; the null is by many unseen patients."""
+    config.data.size = (32, 32)
+    config.data.cohort.subjects = {"train": 32, "select": 16, "val": 240, "control": 60}
+    config.autoencoder.update(widths=(16, 32), strides=(2,), latent=4)
+    config.unet.update(width=32)
+    config.detector.update(widths=(16, 32))
+    config.train.autoencoder.update(steps=600, eval_every=600, save_every=600)
+    config.train.diffusion.update(steps=800, eval_every=100_000, save_every=100_000)
+    config.train.detector.update(steps=300, batch=16, eval_every=60, save_every=300)  # no image twice in a batch
+    config.train.guard = "off"
+    config.sample.update(n=64, steps=25)
+    config.audit.update(planted=16, fdr=0.1)
+    config.quality.pairs = 64
+
+
 def shrink(config: ConfigDict) -> None:
     """Seconds on a laptop, for tests of the path and not of the result: 32x32, eight steps a stage."""
     config.data.size = (32, 32)

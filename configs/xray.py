@@ -16,7 +16,7 @@ from configs import default
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    default.only(variant, "", "tiny", "paper")
+    default.only(variant, "", "small", "tiny", "paper")
     config = default.get_config()
     # the null is by patient: the more unseen patients, the fewer copies can be told from chance
     config.data.fractions = {"train": 0.5, "select": 0.05, "val": 0.25, "control": 0.2}
@@ -25,6 +25,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.diffusion.update(steps=1000)
     config.train.detector.update(steps=600, batch=64)
     config.sample.n = 192
+    if variant == "small":
+        default.small(config)
+        config.data.fractions = {"train": 0.45, "select": 0.05, "val": 0.4, "control": 0.1}
+        config.data.limit.train = 32
     if variant == "tiny":
         default.shrink(config)
     if variant == "paper":
