@@ -14,16 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data import containers, dicom, geometry, readers
+from data.listing import Row
 from data.readers import Pixels, Refused, suffix
-
-
-class Source(NamedTuple):
-    """Where the image or images of one row of a manifest are."""
-
-    path: str  # what errors name
-    parts: tuple[str, ...] = ()  # files of a series, or of one channel each; none: the file `path`
-    item: str = ""  # which array, row or record of the file
-    centres: tuple[tuple[str, float, float, float, str], ...] = ()  # of sub-volumes: name, z, y, x, unit
 
 
 class Image(NamedTuple):
@@ -36,13 +28,14 @@ class Image(NamedTuple):
 
 def read_image(path: str, *, size: Sequence[int], **settings) -> Image:
     """The image of a file that holds one; see `read_images`."""
-    (image,) = read_images(Source(str(path)), size=size, **settings)
+    (image,) = read_images(Row(str(path)), size=size, **settings)
     return image
 
 
 def read_images(
-    source: Source,
+    row: Row,
     *,
+    root: str = "",
     size: Sequence[int],
     channels: int = 1,
     channel: int | None = None,
@@ -54,7 +47,8 @@ def read_images(
     """Reads a file, or the files of a series, into the project's form.
 
     Args:
-      source: what to read; the suffix of a file chooses its reader.
+      row: what to read; the suffix of a file chooses its reader.
+      root: folder that the row's paths are relative to.
       size: (H, W) or (D, H, W) wanted.
       channels: wanted; a colour file is taken for one channel only if its content is grey.
       channel: of a file with several (4D), only this one.
@@ -68,9 +62,9 @@ def read_images(
     Raises:
       ValueError: one line naming the file and the mend.
     """
-    with _one_line(source):
-        pixels = _read(source)
-        rank = 3 if slices or source.centres else len(size)
+    with _one_line(row, root):
+        pixels = _read(row, root)
+        rank = 3 if slices or row.centres else len(size)
         pixels = _one_image(_take_channel(pixels, channel), rank, channels)
         array, eight_bit = _scale(pixels, intensity), pixels.array.dtype == np.uint8
         if np.ptp(array) == 0:
@@ -83,32 +77,33 @@ def read_images(
                 if np.ptp(picture):
                     image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
                     yield image._replace(part=f"#{'zyx'[axis]}{index:03d}")
-        elif source.centres:
-            for name, *centre in source.centres:
+        elif row.centres:
+            for label, *centre in row.centres:
                 image = _around(array, pixels, centre, tuple(size), spacing)
                 if np.ptp(image.array) == 0:
-                    raise Refused(f"the sub-volume {name} is constant; correct its centre or widen data.intensity")
-                yield image._replace(eight_bit=eight_bit, part=f"#{name}")
+                    raise Refused(f"the sub-volume {label} is constant; correct its centre or widen data.intensity")
+                yield image._replace(eight_bit=eight_bit, part=f"#{label}")
         else:
             yield _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit)
 
 
-def raw(source: Source) -> Pixels:
+def raw(row: Row, root: str = "") -> Pixels:
     """The file's own numbers, upright, with what it says of spacing. Raises ValueError: one line, file and mend."""
-    with _one_line(source):
-        return _read(source)
+    with _one_line(row, root):
+        return _read(row, root)
 
 
 @contextlib.contextmanager
-def _one_line(source: Source) -> Iterator[None]:
+def _one_line(row: Row, root: str) -> Iterator[None]:
+    name = os.path.join(root, row.path)
     try:
         yield
     except Refused as error:
-        raise ValueError(f"{source.path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise anything at damaged files, and what they say may quote content
-        kind = suffix((source.parts or (source.path,))[0]) or "an image"
+        kind = suffix((row.parts or (row.path,))[0]) or "an image"
         why = f"cannot be read as {kind} ({type(error).__name__}): damaged, locked or of another kind"
-        raise ValueError(f"{source.path}: {why}; restore or remove it, or set data.on_error='skip'") from None
+        raise ValueError(f"{name}: {why}; restore or remove it, or set data.on_error='skip'") from None
 
 
 def parse_intensity(policy: str | Sequence) -> tuple:
@@ -165,13 +160,13 @@ def _check(path: str) -> None:
         raise Refused("the file is empty; restore or remove it")
 
 
-def _read(source: Source) -> Pixels:
-    paths = source.parts or (source.path,)
+def _read(row: Row, root: str) -> Pixels:
+    paths = [os.path.join(root, part) for part in row.parts or (row.path,)]
     for path in paths:
         _check(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoders quote the file's content in theirs
-        return _read_as(paths, suffix(paths[0]), source.item)
+        return _read_as(paths, suffix(paths[0]), row.item)
 
 
 def _read_as(paths: Sequence[str], kind: str, item: str) -> Pixels:

@@ -25,6 +25,7 @@ class Row(NamedTuple):
     label: str = ""
     parts: tuple[str, ...] = ()  # where `path` is no file: the files of a series, or of one channel each
     item: str = ""  # which array, row or record of the file
+    centres: tuple[tuple[str, float, float, float, str], ...] = ()  # of sub-volumes: name, z, y, x, unit
 
 
 class Manifest(NamedTuple):

@@ -53,7 +53,7 @@ def raw(found: manifest.Manifest) -> list[str]:
     chosen = _spread(len(found.rows), SEEN)
     for index in chosen:
         try:
-            pixels = files.raw(sets.source(found.root, found.rows[index]))
+            pixels = files.raw(found.rows[index], found.root)
         except ValueError:
             unread += 1  # what that is, preparing has said
             continue

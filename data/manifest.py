@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 
 from data import containers, dicom, layouts, readers
@@ -171,8 +172,12 @@ def _match(rows: list[Row], pattern: str, replace: bool) -> list[Row]:
         search = re.compile(pattern).search
     except re.error as error:
         raise ValueError(f"data.patient_pattern {pattern!r} is not a regular expression: {error}") from None
-    found = [(row, None if row.patient and not replace else search(row.path)) for row in rows]
-    return [row._replace(patient=match[min(1, match.re.groups)] or "") if match else row for row, match in found]
+
+    def named(row: Row) -> Row:
+        match = None if row.patient and not replace else search(row.path)
+        return row._replace(patient=sys.intern(match[min(1, match.re.groups)] or "")) if match else row
+
+    return [named(row) for row in rows]
 
 
 def _ask_headers(root: str, rows: list[Row], ask: Ask) -> list[Row]:
@@ -180,12 +185,16 @@ def _ask_headers(root: str, rows: list[Row], ask: Ask) -> list[Row]:
     kinds = (".dcm", ".h5", ".hdf5")
     unknown = [row.path for row in rows if not row.patient and not row.parts and readers.suffix(row.path) in kinds]
     unknown = [name for name in unknown if os.path.isfile(os.path.join(root, name))]
-    said = dict(zip(unknown, layouts.headers(root, unknown, ask), strict=True)) if unknown else {}
+    if not unknown:
+        return rows
+    said = dict(zip(unknown, layouts.headers(root, unknown, ask), strict=True))
     filled = [row._replace(patient=said[row.path][0]) if said.get(row.path) else row for row in rows]
     return [row for row in filled if said.get(row.path, True)]
 
 
 def _unique(path: str, rows: list[Row], ask: Ask) -> list[Row]:
+    if len({row.path for row in rows}) == len(rows):
+        return rows
     counts = collections.Counter(row.path for row in rows)
     for name, count in counts.items():
         if count > 1:

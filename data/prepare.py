@@ -35,7 +35,7 @@ FORGOTTEN_DAYS = 14  # after which a preparation that nobody resumed is deleted
 
 class Prepared(NamedTuple):
     folder: str  # of the data set, for builder.Stored
-    ids: list[str]  # of its images, in its order
+    parts: list[str]  # of its images, in its order: what each adds to the id of its task
     counts: list[int]  # images of each task
     skipped: list[str]  # one line for each task whose image could not be made
     resized: int  # how many had another shape than asked for
@@ -44,8 +44,8 @@ class Prepared(NamedTuple):
 
 def prepare(
     name: str,
-    tasks: Sequence[tuple[str, Any]],
-    make: Callable[[Any], Iterable[files.Image]],
+    tasks: Sequence[tuple],
+    make: Callable[[tuple], Iterable[files.Image]],
     *,
     shape: Sequence[int],
     inputs: Iterable[Any],
@@ -61,8 +61,8 @@ def prepare(
 
     Args:
       name: begins the cache folder's name, for people.
-      tasks: (id, what `make` is called with) of each.
-      make: picklable and pure; returns images of `shape`, or raises a ValueError of one line.
+      tasks: the first item of each is its id.
+      make: picklable and pure; called with a task it returns images of `shape`, or raises a ValueError of one line.
       inputs: JSON of all that `make`'s results depend on besides its code.
       code: the modules of that code; where they change, images are made afresh.
       eight_bit: store 8 bits if all images come from 8 bits (exact for intensity 'type'); else 16.
@@ -102,7 +102,8 @@ def prepare(
                 if not (eight_bit and write(shards("uint8"), "uint8")):
                     write(shards("uint16"), "uint16")
                 shutil.rmtree(partial)
-    return Prepared(final, **json.loads(pathlib.Path(final, "prepared.json").read_text(encoding="utf-8")))
+    made = Prepared(final, **json.loads(pathlib.Path(final, "prepared.json").read_text(encoding="utf-8")))
+    return made._replace(spacing=made.spacing and tuple(made.spacing))
 
 
 def folder(cache: str | os.PathLike | None) -> str:
@@ -144,12 +145,12 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
     report = Report()
     for shard in shards:
         report.add(shard.report())
-    if report.skipped and (on_error == "raise" or not report.ids):
+    if report.skipped and (on_error == "raise" or not report.parts):
         shutil.rmtree(where)
         count = len(report.counts)
-        none = "" if report.ids else f"none of {count} images could be read; the first: "
+        none = "" if report.parts else f"none of {count} images could be read; the first: "
         raise ValueError(none + report.skipped[0])
-    content = {"ids": report.ids, "counts": report.counts, "skipped": report.skipped, "resized": report.resized}
+    content = {"parts": report.parts, "counts": report.counts, "skipped": report.skipped, "resized": report.resized}
     content["spacing"] = None
     if report.spacings:
         values = np.repeat(list(report.spacings), list(report.spacings.values()), axis=0)

@@ -69,7 +69,7 @@ def load(
     if path is None:
         if layout not in ("auto", "cohort"):
             raise ValueError(f"data.layout is {layout!r}, but there is no data.path to find it at; set data.path")
-        rows, read = _cohort(dict(cohort or {}), size=size, **reading)
+        names, of, split_of, task_of, read = _cohort(dict(cohort or {}), size=size, **reading)
         needed, mend = partition.NAMES, "correct data.cohort.subjects"
     else:
         found = listed(
@@ -83,36 +83,29 @@ def load(
             **reading,
         )
         if centres:
-            found, reading["centres"] = _with_centres(found, os.path.expanduser(os.fspath(centres)))
+            found = _with_centres(found, os.path.expanduser(os.fspath(centres)))
         for note in found.notes:
             logging.warning("%s", note)
-        ids, of, said = zip(*((row.path, row.patient, row.split) for row in found.rows), strict=True)
+        names, of, said = zip(*((row.path, row.patient, row.split) for row in found.rows), strict=True)
         split_of = partition.assign(of, said if splits is None else (), fractions=fractions, seed=seed)
-        rows = list(zip(ids, of, split_of, ids, strict=True))
+        task_of = np.arange(len(names))
         needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
         mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or the manifest's splits"
         read = functools.partial(_read, found, size=size, **reading)
-    _refuse_empty(needed, {row[2] for row in rows}, mend)  # before the files are read, which may take hours
-    done, names, window = read()
+    _refuse_empty(needed, split_of, mend)  # before the files are read, which may take hours
+    done, window = read()
     notes = (*(found.notes if path else ()), *_skipped(path, done))
-    ends = dict(zip(names, np.cumsum(done.counts).tolist(), strict=True))
-    counts = dict(zip(names, done.counts, strict=True))
-    images = [  # of the rows; of what could not be read there are none
-        (row[0] + done.ids[place][len(row[3]) :], row[1], row[2], place)
-        for row in rows
-        for place in range(ends[row[3]] - counts[row[3]], ends[row[3]])
-    ]
-    _refuse_empty(needed, {image[2] for image in images}, mend)
+    rows, places = _images_of(np.array(done.counts)[task_of], (np.cumsum(done.counts) - done.counts)[task_of])
+    _refuse_empty(needed, split_of[rows], mend)
     sets = {}
     for split in partition.NAMES:
-        chosen = [image for image in images if image[2] == split]
+        chosen = np.flatnonzero(split_of[rows] == split)
         if limit and limit.get(split) is not None:
-            chosen = [chosen[i] for i in partition.first([image[1] for image in chosen], limit[split], seed=seed)]
-        places = np.array([image[3] for image in chosen], np.int64)
-        ids, patients_of = (np.array([image[k] for image in chosen], dtype=str) for k in (0, 1))
-        spacing = done.spacing and tuple(done.spacing)
-        sets[split] = ImageSet(_stored(done, places), ids, patients_of, spacing, window, notes)
-        logging.info("%s: %d images of %d patients", split, len(chosen), len({image[1] for image in chosen}))
+            chosen = chosen[partition.first([of[row] for row in rows[chosen]], limit[split], seed=seed)]
+        ids = np.array([names[rows[i]] + done.parts[places[i]] for i in chosen], dtype=str)
+        patients_of = np.array([of[row] for row in rows[chosen]], dtype=str)
+        sets[split] = ImageSet(_stored(done, places[chosen]), ids, patients_of, done.spacing, window, notes)
+        logging.info("%s: %d images of %d patients", split, len(chosen), len(set(patients_of)))
     if accept_duplicates is not None:
         copies = planted(path, cohort)
         alike = duplicates.find(sets, [*accept_duplicates, *copies])
@@ -148,15 +141,16 @@ def listed(
     )
 
 
-def source(root: str, row: manifest.Row, centres: Sequence[tuple] = ()) -> files.Source:
-    """Where the pixels of a row of the manifest at `root` are."""
-    parts = tuple(os.path.join(root, part) for part in row.parts)
-    return files.Source(os.path.join(root, row.path), parts, row.item, tuple(centres))
-
-
 def planted(path: str | os.PathLike | None, cohort: Mapping | None) -> list[str]:
     """Ids of the images that the embedded cohort plants as copies, on purpose; none where there is a data.path."""
     return [] if path else [r.id for r in _records(dict(cohort or {})) if r.duplicate_of]
+
+
+def _images_of(counts: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, place in the prepared set) of every image, for rows of so many images that start at a place each."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rows, starts[rows] + within
 
 
 def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> ImageSet:
@@ -169,13 +163,13 @@ def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> Imag
     found = manifest.folder(path)
     if not found.rows:
         raise ValueError(f"{path}: no images in it; readable are {', '.join(readers.READERS)}")
-    done, _, window = _read(found, size=size, **reading)
+    done, window = _read(found, size=size, **reading)
     if done.resized:
-        lost = f"{done.resized} of {len(done.ids)} images had another shape than {tuple(size)} and were resampled"
+        lost = f"{done.resized} of {len(done.parts)} images had another shape than {tuple(size)} and were resampled"
         logging.warning("%s: %s", path, lost)
-    spacing = done.spacing and tuple(done.spacing)
-    everything, no_patients = np.arange(len(done.ids)), np.full(len(done.ids), "")
-    return ImageSet(_stored(done, everything), np.array(done.ids), no_patients, spacing, window)
+    rows, places = _images_of(np.array(done.counts), np.cumsum(done.counts) - done.counts)
+    ids = np.array([found.rows[row].path + done.parts[place] for row, place in zip(rows, places, strict=True)])
+    return ImageSet(_stored(done, places), ids, np.full(len(ids), ""), done.spacing, window)
 
 
 def _read(
@@ -188,10 +182,9 @@ def _read(
     fit: str = "pad",
     spacing: Sequence[float] | None = None,
     slices: str | None = None,
-    centres: Mapping[str, list] | None = None,
     **preparing,
-) -> tuple[prepare.Prepared, list[str], tuple[float, float] | None]:
-    """The rows' images, prepared; the rows' ids, in the order of `counts`; and the window of intensities."""
+) -> tuple[prepare.Prepared, tuple[float, float] | None]:
+    """The rows' images, prepared, and the window of intensities that is the same for all."""
     if len(size) not in (2, 3) or min(size) < 1 or channels < 1:
         raise ValueError(
             f"data.size must be (H, W) or (D, H, W), and data.channels 1 or more, not {size} and {channels}"
@@ -200,6 +193,7 @@ def _read(
         raise ValueError(f"data.fit must be one of {', '.join(geometry.FITS)}, not {fit!r}")
     if spacing and (len(spacing) != len(size) or not all(0 < mm < float("inf") for mm in spacing) or fit == "stretch"):
         raise ValueError(f"data.spacing must be mm for each axis of data.size, without fit 'stretch', not {spacing}")
+    centres = any(row.centres for row in found.rows)
     if slices and (files.parse_slices(slices) and (len(size) == 3 or centres)):
         raise ValueError("data.slices makes 2D images of volumes: data.size must be (H, W), and data.centres None")
     if centres and len(size) == 2:
@@ -208,19 +202,19 @@ def _read(
     settings = {"size": tuple(size), "channels": channels, "intensity": intensity, "fit": fit}
     more = {"channel": channel, "spacing": spacing and tuple(spacing), "slices": slices}
     settings |= {name: value for name, value in more.items() if value is not None}
-    root, names = found.root, [row.path for row in found.rows]
+    root = found.root
     stamp = functools.lru_cache(maxsize=1)(lambda path: (s.st_size, s.st_mtime_ns) if (s := _stat(path)) else None)
 
     def inputs():
         yield from (os.path.realpath(root), settings)
         for row in found.rows:
             parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
-            yield [parts, row.item, (centres or {}).get(row.path)]
+            yield [parts, row.item, row.centres]
 
     done = prepare.prepare(
         re.sub(r"[^A-Za-z0-9-]", "_", os.path.basename(os.path.realpath(root)))[:40],
-        [(row.path, source(root, row, (centres or {}).get(row.path, ()))) for row in found.rows],
-        functools.partial(files.read_images, **settings),
+        found.rows,
+        functools.partial(files.read_images, root=root, **settings),
         shape=(*size, channels),
         inputs=inputs(),
         code=[files, readers, dicom, geometry, containers],
@@ -230,7 +224,7 @@ def _read(
     )
     for note in _skipped(root, done):
         logging.warning("%s", note)
-    return done, names, intensity[1:] if intensity[0] == "window" else None
+    return done, intensity[1:] if intensity[0] == "window" else None
 
 
 def _skipped(root: str | os.PathLike | None, done: prepare.Prepared) -> list[str]:
@@ -240,14 +234,14 @@ def _skipped(root: str | os.PathLike | None, done: prepare.Prepared) -> list[str
     return [f"{root}: {count}; the first: {done.skipped[0]}"]
 
 
-def _with_centres(found: manifest.Manifest, path: str) -> tuple[manifest.Manifest, dict]:
+def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
     """The rows that have centres; those that have none are counted."""
     centres = manifest.centres(path)
-    rows = [row for row in found.rows if row.path in centres]
+    rows = [row._replace(centres=tuple(centres[row.path])) for row in found.rows if row.path in centres]
     if absent := sorted(set(centres) - {row.path for row in rows}):
         raise ValueError(f"{path}: {absent[0]} is none of the volumes of {found.root}; correct the path")
     note = [f"{path}: {len(found.rows) - len(rows)} volumes have no centre and are left out"]
-    return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows))), centres
+    return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows)))
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -258,7 +252,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _cohort(cohort: dict, *, size, channels=1, **preparing):
-    """Rows (id, patient, split, id of the drawing) of the embedded cohort, and what prepares its drawings.
+    """Ids, patients, splits and drawings of the embedded cohort's images, and what prepares the drawings.
 
     Each (number, scan) is drawn once: planted copies cost nothing more. What is about files only is ignored.
     """
@@ -269,11 +263,14 @@ def _cohort(cohort: dict, *, size, channels=1, **preparing):
     drawing = {"size": tuple(size), "seed": cohort.get("seed", 0)}
     drawing |= {"height": cohort["height"]} if "height" in cohort else {}
     records = _records(cohort)
-    rows = [(r.id, r.patient, r.split, f"{r.number}-{r.scan}") for r in records]
-    tasks = {row[3]: (r.number, r.scan) for row, r in zip(rows, records, strict=True)}
-    draw = functools.partial(_draw, **drawing)
+    tasks = {(r.number, r.scan): f"{r.number}-{r.scan}" for r in records}
+    place = {who: place for place, who in enumerate(tasks)}
     settings = {"shape": (*size, 1), "inputs": [drawing], "code": [files, brains], **preparing}
-    return rows, lambda: (prepare.prepare("cohort", list(tasks.items()), draw, **settings), list(tasks), None)
+    draw = functools.partial(_draw, **drawing)
+    named = [(name, *who) for who, name in tasks.items()]
+    read = lambda: (prepare.prepare("cohort", named, draw, **settings), None)
+    ids, patients, splits = (list(values) for values in list(zip(*records, strict=True))[:3])
+    return ids, patients, np.array(splits), [place[r.number, r.scan] for r in records], read
 
 
 def _records(cohort: dict) -> list[brains.Record]:
@@ -281,8 +278,9 @@ def _records(cohort: dict) -> list[brains.Record]:
     return brains.records(**{"subjects": {"train": 64, "select": 16, "val": 160, "control": 120}, **cohort})
 
 
-def _draw(who: tuple[int, int], **drawing) -> list[files.Image]:
-    return [files.Image(brains.subject(who[0], scan=who[1], **drawing), eight_bit=False, resized=False)]
+def _draw(task: tuple[str, int, int], **drawing) -> list[files.Image]:
+    _, number, scan = task
+    return [files.Image(brains.subject(number, scan=scan, **drawing), eight_bit=False, resized=False)]
 
 
 def _stored(done: prepare.Prepared, places: np.ndarray) -> Sequence[np.ndarray]:
@@ -291,7 +289,6 @@ def _stored(done: prepare.Prepared, places: np.ndarray) -> Sequence[np.ndarray]:
     return builder.Stored(done.folder, places)
 
 
-def _refuse_empty(needed: Sequence[str], present: set[str], mend: str) -> None:
-    for split in needed:
-        if split not in present:
-            raise ValueError(f"the split {split!r} has no images; {mend}")
+def _refuse_empty(needed: Sequence[str], present: Sequence[str], mend: str) -> None:
+    if missing := sorted(set(needed) - set(present), key=partition.NAMES.index):
+        raise ValueError(f"the split {missing[0]!r} has no images; {mend}")

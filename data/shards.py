@@ -14,14 +14,14 @@ from data import files
 class Report:
     """What came of tasks."""
 
-    ids: list[str] = dataclasses.field(default_factory=list)  # of the images, in order
+    parts: list[str] = dataclasses.field(default_factory=list)  # of each image, in order: its id less its task's
     counts: list[int] = dataclasses.field(default_factory=list)  # images of each task
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each task that failed
     resized: int = 0  # images that had another shape
     spacings: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # mm -> images
 
     def add(self, other: "Report") -> None:
-        self.ids += other.ids
+        self.parts += other.parts
         self.counts += other.counts
         self.skipped += other.skipped
         self.resized += other.resized
@@ -42,7 +42,7 @@ class Shard:
     """Examples for the builder: called, it makes its images, or repeats how many there are if they are written."""
 
     path: str  # file of records; there only when the shard is done
-    tasks: Sequence[tuple[str, Any]]  # (id, what `make` is called with)
+    tasks: Sequence[tuple]  # what `make` is called with; the first item is the task's id
     make: Callable[[Any], Iterable[files.Image]]
     dtype: str
     strict: bool  # the first task that fails ends it all
@@ -62,23 +62,23 @@ class Shard:
           ValueError: a task's one line, if `strict`.
         """
         if self.done():
-            yield from ((name, None) for name in self.report().ids)
+            yield from ((part, None) for part in self.report().parts)
             return
         report = Report()
-        for name, task in self.tasks:
+        for task in self.tasks:
             if os.path.exists(self.too_wide):
                 break
-            tick(name)
+            tick(task[0])
             count = 0
             try:
                 for image in self.make(task):
                     if self.dtype == "uint8" and not image.eight_bit:
                         open(self.too_wide, "w").close()
                         break
-                    key = name + image.part
+                    key = task[0] + image.part
                     yield key, {"id": key, "image": files.encode(image.array, self.dtype)}
                     count += 1
-                    report.ids.append(key)
+                    report.parts.append(image.part)
                     report.resized += image.resized
                     if image.spacing:
                         report.spacings[tuple(float(f"{mm:.5g}") for mm in image.spacing)] += 1

@@ -1,5 +1,6 @@
 """Preparation: many images, in parallel, killed and resumed, and on Apache Beam."""
 
+import functools
 import json
 import os
 import signal
@@ -35,7 +36,11 @@ def fatal(i):
 
 def made(make, tmp_path, n=100, **how):
     given = dict(shape=(2, 2, 1), inputs=(), code=[files], cache=tmp_path, on_error="skip")
-    return prepare.prepare("x", [(str(i), i) for i in range(n)], make, **(given | how))
+    return prepare.prepare("x", [(str(i), i) for i in range(n)], functools.partial(second, make), **(given | how))
+
+
+def second(make, task):
+    return make(task[1])
 
 
 @pytest.fixture
@@ -47,12 +52,11 @@ def eager(monkeypatch):
 def test_workers_give_what_one_process_gives(tmp_path, eager):
     one, two = made(square, tmp_path / "1", workers=1), made(sleepy, tmp_path / "2", workers=2)
     counts = [int(i != 13) for i in range(100)]
-    names = [str(i) for i in range(100) if i != 13]
-    assert one[1:] == two[1:] == (names, counts, ["thirteen is refused"], 50, None)
-    for i, name in enumerate(two.ids):
+    assert one[1:] == two[1:] == ([""] * 99, counts, ["thirteen is refused"], 50, None)
+    for i, number in enumerate(np.flatnonzero(counts)):
         values = [builder.Stored(p.folder, np.arange(99))[i] for p in (one, two)]
         np.testing.assert_array_equal(*values)
-        assert abs(values[0] - (int(name) / 50 - 1)).max() < 2e-5
+        assert abs(values[0] - (number / 50 - 1)).max() < 2e-5
 
 
 def test_a_worker_that_dies_is_one_line_that_names_the_image(tmp_path, eager):
@@ -84,11 +88,11 @@ def test_tasks_of_several_images(tmp_path, monkeypatch):
     narrow, wide = (made(several, tmp_path, n=n, eight_bit=True) for n in (40, 60))
     for done, n, dtype in ((narrow, 40, "uint8"), (wide, 60, "uint16")):
         assert done.counts == [min(i % 4, 2) if i == 7 else i % 4 for i in range(n)]
-        assert done.ids == [f"{i}#{k}" for i in range(n) for k in range(done.counts[i])]
-        assert done.skipped == ["seven breaks off"] and done.spacing == [1.0, 1.0 + (n == 60)]
-        stored = builder.Stored(done.folder, np.arange(len(done.ids)))
-        assert stored._source[0]["image"].dtype == dtype and stored._source[3]["id"].decode() == done.ids[3]
-        wanted = [int(name.partition("#")[0]) / 50 - 1 for name in done.ids]
+        assert done.parts == [f"#{k}" for i in range(n) for k in range(done.counts[i])]
+        assert done.skipped == ["seven breaks off"] and done.spacing == (1.0, 1.0 + (n == 60))
+        stored = builder.Stored(done.folder, np.arange(len(done.parts)))
+        assert stored._source[0]["image"].dtype == dtype and stored._source[3]["id"] == b"3#0"
+        wanted = np.repeat(np.arange(n), done.counts) / 50 - 1
         np.testing.assert_allclose([image[0, 0, 0] for image in stored], wanted, atol=4e-3)
 
 
@@ -117,6 +121,12 @@ def failing(i):
     return square(i + 100)
 
 
+def interrupted(i):
+    if i == 90:
+        raise KeyboardInterrupt
+    return failing(i)
+
+
 def test_a_preparation_that_failed_goes_on_where_it_was(tmp_path):
     cache, make = tmp_path / "cache", counted(tmp_path, failing)
     with pytest.raises(ValueError, match=r"^seventy is refused$"):
@@ -127,16 +137,13 @@ def test_a_preparation_that_failed_goes_on_where_it_was(tmp_path):
     assert first == list(range(64, 100))  # shards of eight
     with pytest.raises(ValueError, match=r"^seventy is refused$"):
         made(make, cache, on_error="raise")
-    assert len(made(counted(tmp_path, lambda i: square(i + 100)), cache, on_error="raise").ids) == 100
+    assert len(made(counted(tmp_path, lambda i: square(i + 100)), cache, on_error="raise").parts) == 100
 
 
 def test_a_skipped_failure_is_an_error_when_asked_and_is_tried_again(tmp_path):
-    cache, killed = tmp_path / "cache", tmp_path / "cache"
-    stop = lambda i: os._exit(9) if i == 90 else failing(i)
-    pid = os.fork()
-    if pid == 0:
-        made(counted(tmp_path, stop), killed)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    cache = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        made(counted(tmp_path, interrupted), cache)
     assert calls(tmp_path) == list(range(91))
     with pytest.raises(ValueError, match=r"^seventy is refused$"):
         made(counted(tmp_path, failing), cache, on_error="raise")
@@ -174,7 +181,7 @@ def test_a_kill_leaves_nothing_half_done(tmp_path, workers):
     again = tmp_path / "again"
     again.mkdir()
     done = made(counted(again, square), tmp_path, n=1000)  # the same key
-    assert len(done.ids) == 999 and {*present()} == {os.path.basename(done.folder), "again"}
+    assert len(done.parts) == 999 and {*present()} == {os.path.basename(done.folder), "again"}
     assert kept >= 5 and len(calls(again)) == 1000 - 16 * kept  # shards of 16
     values = [image[0, 0, 0] for image in builder.Stored(done.folder, np.arange(999))]
     np.testing.assert_allclose(values, [min(i / 50 - 1, 1) for i in range(1000) if i != 13], atol=2e-5)

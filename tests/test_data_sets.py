@@ -38,7 +38,7 @@ def reads(monkeypatch):
     """Counts the files read afresh."""
     seen = []
     real = files.read_images
-    monkeypatch.setattr(files, "read_images", lambda source, **how: seen.append(source) or real(source, **how))
+    monkeypatch.setattr(files, "read_images", lambda row, **how: seen.append(row) or real(row, **how))
     return seen
 
 

@@ -12,6 +12,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 import data
 from data import files, geometry, manifest
+from data.listing import Row
 from tests import make_files
 
 RNG = np.random.default_rng(0)
@@ -20,14 +21,14 @@ WINDOW = "window:-1000:1000"
 SPACING = (3.0, 0.5, 0.7)
 
 
-def read(source, size=VOLUME.shape, intensity=WINDOW, **settings):
-    source = source if isinstance(source, files.Source) else files.Source(str(source))
-    return list(files.read_images(source, size=size, intensity=intensity, **settings))
+def read(row, size=VOLUME.shape, intensity=WINDOW, **settings):
+    row = row if isinstance(row, Row) else Row(str(row))
+    return list(files.read_images(row, size=size, intensity=intensity, **settings))
 
 
 def series_source(folder, **how):
     paths = sorted(str(path) for path in folder.iterdir())
-    return files.Source(str(folder), tuple(paths), **how)
+    return Row(str(folder), parts=tuple(paths), **how)
 
 
 # ---- DICOM
@@ -264,13 +265,13 @@ def test_sub_volumes_about_centres(tmp_path):
     k, j, i = 4, 10 - 1 - 5, 12 - 1 - 6  # as the file counts
     right, anterior, superior = nibabel.load(path).affine @ [i, j, k, 1] @ np.eye(4, 3)
     places = [("a", k, j, i, "voxel"), ("b", superior, -anterior, -right, "mm")]
-    images = read(files.Source(str(path), centres=tuple(places)), size=(4, 4, 4))
+    images = read(Row(str(path), centres=tuple(places)), size=(4, 4, 4))
     assert [image.part for image in images] == ["#a", "#b"]
     for image in images:
         np.testing.assert_allclose(image.array[..., 0], wanted, atol=1e-5)
         assert image.spacing == pytest.approx(SPACING)
     np.save(tmp_path / "a.npy", volume)
-    corner = read(files.Source(str(tmp_path / "a.npy"), centres=(("c", 0, 0, 0, "voxel"),)), size=(4, 4, 4))[0].array
+    corner = read(Row(str(tmp_path / "a.npy"), centres=(("c", 0, 0, 0, "voxel"),)), size=(4, 4, 4))[0].array
     assert (corner[:2] == -1).all() and (corner[:, :2] == -1).all()
     np.testing.assert_allclose(corner[2:, 2:, 2:, 0], volume[:2, :2, :2] / 1000, atol=1e-6)
     for name, centre, words in [
@@ -278,7 +279,7 @@ def test_sub_volumes_about_centres(tmp_path):
         ("a.npy", (9, 2, 3, "voxel"), "outside"),
     ]:
         with pytest.raises(ValueError, match=words):
-            read(files.Source(str(tmp_path / name), centres=(("c", *centre),)), size=(4, 4, 4))
+            read(Row(str(tmp_path / name), centres=(("c", *centre),)), size=(4, 4, 4))
 
 
 def test_centres_from_a_table(tmp_path):
@@ -344,7 +345,7 @@ def test_one_channel_of_several(tmp_path):
     with pytest.raises(ValueError, match=r"none numbered 4; correct data.channel"):
         read(tmp_path / "x.nii.gz", channel=4)
     paths = [str(nifti(tmp_path / f"{k}.nii.gz", four[..., k])) for k in (0, 3)]
-    both = read(files.Source("case", tuple(paths)), channels=2)[0].array
+    both = read(Row("case", parts=tuple(paths)), channels=2)[0].array
     np.testing.assert_allclose(both, four[..., [0, 3]] / 1000, atol=1e-6)
 
 
@@ -357,11 +358,11 @@ def test_arrays_in_npz_and_hdf5(tmp_path):
         file["image"], file["mask"] = VOLUME, VOLUME
     for name, item in (("p1.npz", ""), ("p2.npz", "image"), ("p3.h5", ""), ("p4.hdf5", "image")):
         np.testing.assert_allclose(
-            read(files.Source(str(tmp_path / name), item=item))[0].array[..., 0], VOLUME / 1000, atol=1e-6
+            read(Row(str(tmp_path / name), item=item))[0].array[..., 0], VOLUME / 1000, atol=1e-6
         )
     for name, item in (("p2.npz", ""), ("p4.hdf5", ""), ("p2.npz", "image/9")):
         with pytest.raises(ValueError, match=r"holds (several|2) arrays|has 5 rows"):
-            read(files.Source(str(tmp_path / name), item=item))
+            read(Row(str(tmp_path / name), item=item))
     rows = manifest.read(tmp_path, patients="per_image", kind="image").rows
     assert {row.item for row in rows} == {"image"} and len(rows) == 4
 
@@ -370,5 +371,5 @@ def test_rows_of_an_npz_are_read_in_any_order(tmp_path):
     rows = RNG.integers(0, 256, (50, 6, 8), dtype=np.uint8)
     np.savez_compressed(tmp_path / "x.npz", train_images=rows)
     for index in (0, 1, 40, 3, 49, 49, 0):
-        (image,) = read(files.Source(str(tmp_path / "x.npz"), item=f"train_images/{index}"), (6, 8), "type")
+        (image,) = read(Row(str(tmp_path / "x.npz"), item=f"train_images/{index}"), (6, 8), "type")
         np.testing.assert_allclose(image.array[..., 0], rows[index] / 127.5 - 1, atol=1e-6)
