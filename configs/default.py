@@ -58,6 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
+    data.seed = 0  # of that hash: another seed is another partition, as for cross-validation
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
     cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 120})
     cohort.scans = 1  # scans per subject: same anatomy, new noise and bias field
@@ -234,6 +235,42 @@ def small(config: ConfigDict) -> None:
     config.sample.update(n=64, steps=25)
     config.audit.update(planted=16, fdr=0.1)
     config.quality.pairs = 64
+
+
+def paper_detector_training(config: ConfigDict, *, images: int, batch: int) -> None:
+    """How Dar et al. train it, with so many images: 200 epochs, the checkpoint of the best validation loss."""
+    config.detector.select_on = "val"
+    config.train.detector.update(steps=200 * (images // batch), batch=batch, eval_every=images // batch)
+    config.train.detector.optimiser.update(rate=1e-4, warmup=0, decay_to=0.5, clip=1e9)
+
+
+def monai_volumes(config: ConfigDict, *, images: int) -> None:
+    """A generator of volumes after MONAI's 3D latent diffusion tutorial, without its perceptual and adversarial losses: 100
+    epochs of the autoencoder, 150 of the diffusion model, all of its 1000 steps when sampling."""
+    config.autoencoder.update(widths=(32, 64, 64), strides=(2, 2), patch=1, latent=3, kl_weight=1e-6)
+    config.unet.update(width=32, mults=(1, 2, 2), attention=(False, True, True), heads=1)
+    config.diffusion.update(schedule="scaled_linear", beta=(0.0015, 0.0195), predict="eps")
+    config.train.autoencoder.update(steps=100 * images // 4, batch=4, eval_every=images // 4)
+    config.train.autoencoder.optimiser.rate = 1e-4
+    config.train.diffusion.update(steps=150 * images // 8, batch=8, eval_every=images // 8)
+    config.train.diffusion.optimiser.rate = 1e-4
+    config.train.detector.batch = 32
+    config.sample.update(n=images, batch=8, sampler="ddpm", steps=1000)
+    config.audit.batch = 8
+    config.quality.batch = 8
+
+
+def volumes(config: ConfigDict) -> None:
+    """Models of volumes that a laptop trains in minutes, of about 20,000 voxels each: factors of 4 an axis to the latents."""
+    config.autoencoder.update(widths=(32, 64), strides=(2,), patch=2, latent=8)
+    config.unet.update(width=48, mults=(1, 2), attention=(False, True))
+    config.detector.update(widths=(32, 64), blocks=(1, 1), fold=2)
+    config.train.autoencoder.update(steps=600, batch=8)
+    config.train.diffusion.update(steps=1500, batch=16)
+    config.train.detector.update(steps=150, batch=16)
+    config.sample.update(n=64, batch=16)
+    config.audit.update(batch=16, planted=16)
+    config.quality.batch = 16
 
 
 def shrink(config: ConfigDict) -> None:

@@ -39,12 +39,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.unet.update(width=128, mults=(1, 2, 4), blocks=2, attention=(False, True, True))
         config.diffusion.update(schedule="linear", beta=(0.0015, 0.0195), predict="eps")
         default.paper_detector(config)
-        config.detector.update(
-            widths=(64, 128, 256, 512), blocks=(3, 4, 6, 3), bottleneck=True, stem=7, dim=128, select_on="val"
-        )
-        epoch = 10_000 // 64
-        config.train.detector.update(steps=200 * epoch, batch=64, eval_every=epoch)
-        config.train.detector.optimiser.update(rate=1e-4, warmup=0, decay_to=0.5, clip=1e9)
+        config.detector.update(widths=(64, 128, 256, 512), blocks=(3, 4, 6, 3), bottleneck=True, stem=7, dim=128)
+        default.paper_detector_training(config, images=10_000, batch=64)
         config.train.autoencoder.update(steps=100 * 10_000 // 16, batch=16)
         config.train.autoencoder.optimiser.update(rate=1e-4)
         config.train.diffusion.update(steps=150 * 10_000 // 32, batch=32)

@@ -86,7 +86,7 @@ def load(
             found = _with_centres(found, os.path.expanduser(os.fspath(centres)))
         for note in found.notes:
             logging.warning("%s", note)
-        names, of, said = zip(*((row.path, row.patient, row.split) for row in found.rows), strict=True)
+        names, of, said = ([getattr(row, field) for row in found.rows] for field in ("path", "patient", "split"))
         split_of = partition.assign(of, said if splits is None else (), fractions=fractions, seed=seed)
         task_of = np.arange(len(names))
         needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]

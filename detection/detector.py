@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from detection import encoder
-from launch import checkpoint, layers, loop
+from launch import checkpoint, layers, log, loop, mesh
 
 
 class Detector(NamedTuple):
@@ -78,9 +78,14 @@ def train(
     optimiser: dict,
     **fit: Any,
 ) -> None:
-    """Trains and publishes the parameters with the lowest loss on `held_out`."""
+    """Trains and publishes the parameters with the lowest loss on `held_out`.
+
+    Raises:
+      ValueError: if there are fewer training images than devices.
+    """
     if checkpoint.published(detector.folder) == fit["steps"]:
         return
+    batch = at_most(batch, len(images))
     state = loop.fit(
         "detector",
         task(detector, augment, both),
@@ -93,6 +98,19 @@ def train(
         **fit,
     )
     checkpoint.publish(detector.folder, fit["steps"], state.best)
+
+
+def at_most(batch: int, n: int) -> int:
+    """The batch for `n` images: an image that is in a batch twice is a negative of itself, and pushed away from itself."""
+    if batch <= n:
+        return batch
+    devices = mesh.size()
+    capped = n // devices * devices
+    if not capped:
+        raise ValueError(f"{n} training images are fewer than the {devices} devices: enlarge data.fractions.train")
+    why = f"with {n} training images, config.train.detector.batch={batch} would make an image a negative of itself"
+    log.say(f"detector: {why}; batches of {capped} are used")
+    return capped
 
 
 def embedder(detector: Detector) -> Callable[[jax.Array], jax.Array]:

@@ -205,6 +205,15 @@ def test_a_decoder_that_ends_its_process_is_one_line(tmp_path, monkeypatch):
         sandbox.call(time.sleep, 60)
 
 
+def test_truncated_files_of_every_kind_are_refused(tmp_path, good):
+    """Never half an image: one line, wherever the file ends."""
+    for name, content in good.items():
+        for kept in (1, len(content) // 3, len(content) * 2 // 3):
+            (tmp_path / name).write_bytes(content[:kept])
+            with pytest.raises(ValueError, match=f"^{tmp_path / name}: "):
+                read(tmp_path / name)
+
+
 # ---- folders and tables
 
 
@@ -237,6 +246,25 @@ def test_skipping_leaves_out_and_counts(tmp_path, caplog, monkeypatch):
     )
     leftovers = [name for name in os.listdir(tmp_path / "cache") if "partial" in name]
     assert leftovers == []
+
+
+def test_whatever_is_hostile_is_skipped_and_counted(tmp_path):
+    """One good file among all the hostile ones, with nothing half-written after an error and after skipping."""
+    root = tmp_path / "x"
+    root.mkdir()
+    hostile_ = {path.name for path, _ in hostile(root)} - {"absent.png", "folder.png", "x.bmp"}  # no files of images
+    cache = tmp_path / "cache"
+    load_ = lambda on_error: data.load(
+        path=root, patient_pattern=".*", size=SIZE, fractions={"train": 1.0}, cache=cache, on_error=on_error
+    )["train"]
+    with pytest.raises(ValueError, match=rf"^{root}/.*; ") as error:
+        load_("raise")
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
+    assert not [name for name in os.listdir(cache) if name.endswith(("-raise", "-skip"))]  # nothing to be used
+    found = load_("skip")
+    assert found.ids.tolist() == ["good.png"] and np.isfinite(found.images[0]).all()
+    assert f"{len(hostile_)} of {len(hostile_) + 1} images could not be read and are left out" in found.notes[0]
+    assert not [name for name in os.listdir(cache) if "partial" in name]
 
 
 def test_what_may_not_be_read(tmp_path, monkeypatch):

@@ -105,6 +105,17 @@ def test_the_papers_3d_encoder_reaches_its_grid():
     assert shapes["Dense_0"]["kernel"].shape == (4 * 4 * 4 * 8, 128) and shapes["Dense_1"]["kernel"].shape == (128, 32)
 
 
+def test_a_batch_holds_no_image_twice(mesh_of, monkeypatch, capsys):
+    monkeypatch.delenv("FACSIMILE_QUIET")
+    for devices, batch, n, used in ((1, 64, 40, 40), (8, 64, 45, 40), (8, 64, 64, 64), (8, 16, 100, 16)):
+        with jax.set_mesh(mesh_of(devices, 1)):
+            assert detector.at_most(batch, n) == used
+            said = capsys.readouterr().err
+            assert (f"with {n} training images" in said) == (used < batch) == (f"batches of {used} are used" in said)
+    with jax.set_mesh(mesh_of(8, 1)), pytest.raises(ValueError, match="7 training images are fewer than the 8 devices"):
+        detector.at_most(64, 7)
+
+
 def test_unknown_arch_is_told():
     with pytest.raises(ValueError, match=r"config\.detector\.arch='vit'"):
         encoder.build("vit")

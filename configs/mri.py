@@ -1,0 +1,48 @@
+"""Knee MR of MRNet, sagittal exams, at the size of Dar et al. (arXiv 2402.01054): 32x256x256.
+
+    python main.py --config=configs/mri.py --config.data.path=MRNet-v1.0 --mode=train,sample,audit --workdir=runs/mri
+
+MRNet-v1.0 is Stanford's folder with train/sagittal/0000.npy and valid/sagittal/1130.npy: 1,250 exams. The five-fold split
+of the paper's numbers: 904 exams train and 226 are unseen; the other 120, as many as Stanford keeps for validation, choose
+checkpoints and are the audit's negative control. Who is where follows from `data.seed` and the exam's number alone:
+another seed is another fold, of about as many. The paper's own list of exams is not published; a CSV with the columns
+path,patient_id,split holds any other. MRNet names no patients, so each exam counts as one; Stanford's 1,130 training exams
+are of 1,088 patients, so a few are a patient's second.
+
+Hardware: one accelerator of 80 GB, or several (`--config.mesh.fsdp`); 6 GB of disk for prepared volumes and
+latents. It was not run here: no cost and no result is claimed.
+
+`:paper` has the published settings of the copy detector (Dar et al. and the authors' code): strided convolutions to 4x4x4,
+batches of 10, 200 epochs, one view turned by up to 5 degrees and flipped. Their generators' settings are not published;
+both variants follow MONAI's 3D latent diffusion tutorial.
+
+`:tiny` for a laptop: 8x48x48 and small models; not run either, it has as many voxels and the same models as
+configs/hippocampus.py:tiny, whose cost is measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+TRAIN, VAL, SELECT, CONTROL = 904, 226, 18, 102  # of MRNet's 1,250 exams; the last two are what Stanford calls valid
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    default.only(variant, "", "tiny", "paper")
+    config = default.get_config()
+    config.data.update(layout="mrnet", kind="sagittal", size=(32, 256, 256), intensity="minmax", fit="exact")
+    exams = TRAIN + VAL + SELECT + CONTROL
+    counts = {"train": TRAIN, "select": SELECT, "val": VAL, "control": CONTROL}
+    config.data.fractions = {split: count / exams for split, count in counts.items()}
+    config.data.update(splits="hash", seed=3)  # of which the counts come out exactly
+    if variant == "tiny":
+        default.volumes(config)
+        config.data.update(size=(8, 48, 48), fit="crop")
+        return config
+    default.monai_volumes(config, images=TRAIN)
+    if variant == "paper":
+        default.paper_detector(config)
+        config.detector.update(arch="strided", strides=((2, 2, 2),) * 3 + ((1, 2, 2),) * 3, hidden=16, dim=32)
+        default.paper_detector_training(config, images=TRAIN, batch=10)
+        config.augment.autoencoder.update(flip=0.0, rotate=0.0, shift=0.0, scale=0.0)
+    return config

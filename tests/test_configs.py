@@ -1,0 +1,123 @@
+"""Every config and variant: it resolves, says how it is run, and its networks fit its images. Nothing is trained."""
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import configs
+import main
+from configs import mri
+from data import files, geometry, splits
+from detection import detector
+from launch import stage
+from ldm import autoencoder
+from tests.conftest import ROOT
+
+FILES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def variants():
+    """(file, variant) of all, as the files themselves list them to someone who asks for another."""
+    for name in FILES:
+        with pytest.raises(ValueError, match="no variant 'x' in this config") as error:
+            importlib.import_module(f"configs.{name}").get_config("x")
+        for variant in re.findall(r"'(\w*)'", str(error.value).partition("it has: ")[2]):
+            yield name, variant
+
+
+ALL = list(variants())
+
+
+def test_they_are_all_there():
+    assert {"brain", "ct", "default", "fastmri", "hippocampus", "mri", "xray"} <= set(FILES)
+    assert {name for name, variant in ALL if variant == "tiny"} == {*FILES} - {"default"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "default"])
+def test_each_says_how_it_is_run(name):
+    said = importlib.import_module(f"configs.{name}").__doc__
+    assert f"python main.py --config=configs/{name}.py" in said and "--mode=train,sample,audit" in said
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_only_known_keys_are_set(name, variant):
+    """A config is not locked while it is made: a misspelt key would be a new one that nobody reads."""
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    known = stage.flatten(importlib.import_module("configs.default").get_config().to_dict())
+    loose = re.compile(r"data\.(fractions|limit|cohort\.subjects)\.|(augment\.\w+|detector\.augment)\.")
+    assert not [key for key in stage.flatten(config.to_dict()) if key not in known and not loose.match(key)]
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_settings_of_the_data_are_possible(name, variant):
+    data = importlib.import_module(f"configs.{name}").get_config(variant).data
+    assert files.parse_intensity(data.intensity) and data.fit in geometry.FITS
+    assert data.slices is None or (files.parse_slices(data.slices) and len(data.size) == 2)
+    assert data.spacing is None or len(data.spacing) == len(data.size)
+    assert set(splits.assign(list("abcdefgh") * 20, fractions=data.fractions.to_dict())) <= {*splits.NAMES, ""}
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_networks_fit_the_images(name, variant, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    shape = (*config.data.size, 1)
+    generator = main.build_generator(config, tmp_path)
+    coder, key = generator.autoencoder, jax.random.key(0)
+    x, z = jnp.zeros((2, *shape)), jnp.zeros((2, *coder.latent_shape))
+
+    def through(x, z):
+        params = autoencoder.task(coder, kl_weight=1.0).init(key)
+        q = coder.encode(params, x)
+        denoised = generator.denoiser.apply(generator.init_unet(key), z, jnp.zeros(2))
+        return q.mu, coder.decode(params, q.mu), denoised
+
+    mu, decoded, denoised = jax.eval_shape(through, x, z)
+    assert mu.shape == denoised.shape == z.shape and decoded.shape == x.shape
+    assert np.prod(coder.latent_shape) < np.prod(shape), "no smaller than the image"
+    model = detector.build(shape, tmp_path, **main.detector_of(config))
+    embedded = jax.eval_shape(lambda x: model.encoder.apply(model.encoder.init(key, x[:1]), x), x)
+    assert embedded.shape == (2, config.detector.dim)
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_augmentations_fit_the_images(name, variant):
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    x = jnp.zeros((2, *config.data.size, 1))
+    for section in (config.augment.autoencoder, config.augment.diffusion, config.detector.augment):
+        if augment := main.augmentation(section):
+            assert jax.eval_shape(augment, jax.random.key(0), x).shape == x.shape
+
+
+def test_mrnet_is_split_as_in_the_paper():
+    data = mri.get_config().data
+    exams = [f"{number:04d}" for number in range(1250)]
+    found = splits.assign(exams, fractions=data.fractions.to_dict(), seed=data.seed)
+    count = {split: int((found == split).sum()) for split in splits.NAMES}
+    assert (count["train"], count["val"]) == (904, 226) and sum(count.values()) == 1250
+    assert count["select"] >= 16 and count["control"] >= 90
+
+
+@pytest.mark.slow
+def test_the_whole_path_in_3d(real_data, tmp_path):
+    """Real volumes from files to an audit, with next to no training."""
+    steps = [f"--config.train.{part}.steps=2" for part in ("autoencoder", "diffusion", "detector")]
+    done = subprocess.run(
+        [sys.executable, "main.py", "--config=configs/hippocampus.py:tiny", f"--workdir={tmp_path}"]
+        + [f"--config.data.path={real_data / 'msd_hippocampus'}", "--mode=train,sample,audit", *steps]
+        + ["--config.sample.n=16", "--config.sample.steps=2", "--config.audit.planted=4"],
+        cwd=ROOT,
+        env={**os.environ, "FACSIMILE_CACHE": str(tmp_path / "cache"), "FACSIMILE_QUIET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, 3, 4), done.stderr
+    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 16
+    assert (tmp_path / "audit" / "report.html").stat().st_size > 10_000
