@@ -5,9 +5,9 @@
 MRNet-v1.0 is Stanford's folder with train/sagittal/0000.npy and valid/sagittal/1130.npy: 1,250 exams. The five-fold split
 of the paper's numbers: 904 exams train and 226 are unseen; the other 120, as many as Stanford keeps for validation, choose
 checkpoints and are the audit's negative control. Who is where follows from `data.seed` and the exam's number alone:
-another seed is another fold, of about as many. The paper's own list of exams is not published; a CSV with the columns
-path,patient_id,split holds any other. MRNet names no patients, so each exam counts as one; Stanford's 1,130 training exams
-are of 1,088 patients, so a few are a patient's second.
+another seed is another fold, of about as many. A CSV with the columns path,patient_id,split holds any other partition.
+MRNet names no patients, so each exam counts as one, of which every report warns: by Stanford's account its 1,130 training
+exams are of 1,088 patients, so a few patients may be in two splits.
 
 Hardware: one accelerator of 80 GB, or several (`--config.mesh.fsdp`); 6 GB of disk for prepared volumes and
 latents. It was not run here: no cost and no result is claimed.
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 
-TRAIN, VAL, SELECT, CONTROL = 904, 226, 18, 102  # of MRNet's 1,250 exams; the last two are what Stanford calls valid
+TRAIN, VAL, SELECT, CONTROL = 904, 226, 20, 100  # of MRNet's 1,250 exams
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     exams = TRAIN + VAL + SELECT + CONTROL
     counts = {"train": TRAIN, "select": SELECT, "val": VAL, "control": CONTROL}
     config.data.fractions = {split: count / exams for split, count in counts.items()}
-    config.data.update(splits="hash", seed=3)  # of which the counts come out exactly
+    config.data.update(splits="hash", seed=3)  # gives 904, 226, 18 and 102 exams
     if variant == "tiny":
         default.volumes(config)
         config.data.update(size=(8, 48, 48), fit="crop")
