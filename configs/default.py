@@ -262,10 +262,11 @@ def monai_volumes(config: ConfigDict, *, images: int) -> None:
 
 def volumes(config: ConfigDict) -> None:
     """Models of volumes that a laptop trains in minutes, of about 20,000 voxels each: factors of 4 an axis to the latents."""
-    config.autoencoder.update(widths=(32, 64), strides=(2,), patch=2, latent=8)
+    config.autoencoder.update(widths=(24, 48), strides=(2,), patch=2, latent=8)
     config.unet.update(width=48, mults=(1, 2), attention=(False, True))
     config.detector.update(widths=(32, 64), blocks=(1, 1), fold=2)
-    config.train.autoencoder.update(steps=600, batch=8)
+    config.train.autoencoder.update(steps=1000, batch=4)
+    config.train.autoencoder.optimiser.rate = 2e-3
     config.train.diffusion.update(steps=1500, batch=16)
     config.train.detector.update(steps=150, batch=16)
     config.sample.update(n=64, batch=16)

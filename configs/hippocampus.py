@@ -15,6 +15,7 @@ def get_config(variant: str = "") -> ConfigDict:
     default.only(variant, "", "tiny")
     config = default.get_config()
     default.volumes(config)
+    config.augment.autoencoder.flip = 0.0  # all lie the same way round
     config.data.update(size=(32, 48, 32), intensity="percentile:0.5:99.5", fit="crop")
     # the null is by patient: the more unseen patients, the fewer copies can be told from chance
     config.data.fractions = {"train": 0.5, "select": 0.06, "val": 0.24, "control": 0.2}
@@ -22,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         config.data.size = (24, 32, 24)
     else:
-        config.autoencoder.update(widths=(32, 64), blocks=2)
+        config.autoencoder.widths = (32, 64)
         config.unet.update(width=96)
         config.train.autoencoder.update(steps=4000)
         config.train.diffusion.update(steps=10_000)
