@@ -187,9 +187,7 @@ class Residual(Net):
             self.conv(rank, inside, out, stride=stride), self.norm(out), nn.ReLU(), self.conv(rank, out, out), self.norm(out)
         )  # fmt: skip
         same = inside == out and stride == 1
-        self.skip = (
-            nn.Identity() if same else nn.Sequential(self.conv(rank, inside, out, 1, stride), self.norm(out))
-        )
+        self.skip = nn.Identity() if same else nn.Sequential(self.conv(rank, inside, out, 1, stride), self.norm(out))
 
     def forward(self, x):
         return F.relu(self.skip(x) + self.body(x))
