@@ -129,7 +129,8 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     source = workdir / "samples" if ours else Path(foreign).expanduser()
     reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
     synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config, workdir).reading} if ours else {}))
-    others = detection.spaces_of(beside, model.image_shape, detection.untrained(model, key(config, 5)), ldm.ssim)
+    elsewhere = [name for name in beside if name != "latents"]
+    others = detection.spaces_of(elsewhere, model.image_shape, detection.untrained(model, key(config, 5)), ldm.ssim)
     if vectors:
         ids = {"train": sets["train"].ids, "val": sets["val"].ids, "synthetic": synthetic.ids}
         others["audit.embeddings"] = ldm.read_features(Path(vectors), ids, "config.audit.embeddings")
@@ -138,7 +139,8 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         generator = build_generator(config, workdir)
         render = ldm.round_trip(generator)
         plants["autoencoder", 1.0] = lambda key, x: render(x)
-        others["latents"] = detection.by_correlation(ldm.latents(generator), "the autoencoder's latents")
+        if "latents" in beside:
+            others["latents"] = detection.by_correlation(ldm.latents(generator), "the autoencoder's latents")
     if ours and not config.sample.control:
         weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
         plants |= {("re-noise", level): ldm.renoised(generator, weights, level=level) for level in RENOISE}

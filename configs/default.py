@@ -169,9 +169,9 @@ def get_config(variant: str = "") -> ConfigDict:
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released
             "release": config_dict.placeholder(str),
-            # similarity spaces reported beside the detector: 'untrained', 'pixels', 'shifted pixels', 'SSIM'; of our own
-            # generators also the autoencoder's latents
-            "spaces": ("untrained", "pixels", "shifted pixels", "SSIM"),
+            # similarity spaces reported beside the detector: 'untrained', 'pixels', 'shifted pixels', 'SSIM'; 'latents' are
+            # the autoencoder's, of our own generators
+            "spaces": ("untrained", "pixels", "shifted pixels", "SSIM", "latents"),
             # and in vectors made elsewhere (ImageNet, DINO): an .npz with `ids` and `features` of all images
             "embeddings": config_dict.placeholder(str),
             "membership": True,  # our own generators: compare denoising losses of training and unseen patients,
