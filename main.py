@@ -27,7 +27,7 @@ PER_IMAGE = (
     "training and unseen images are related, intervals are too narrow, and memorization is understated"
 )
 MODES = ("train", "sample", "audit")
-RENOISE = (0.2, 0.4, 0.6)  # noise levels t / T of planted copies; the first is the standard one
+RENOISE = (0.2, 0.4, 0.6)  # noise levels t / T of planted copies
 STAGES = ("autoencoder", "diffusion", "detector")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; a variant follows after a colon.", lock_config=True
