@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,6 @@ PER_IMAGE = (
 )
 MODES = ("train", "sample", "audit")
 RENOISE = (0.2, 0.4, 0.6)  # noise levels t / T of planted copies
-STAGES = ("autoencoder", "diffusion", "detector")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; a variant follows after a colon.", lock_config=True
 )
@@ -43,8 +43,9 @@ def main(argv: list[str]) -> int:
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}: every option is --name=value")
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    stages = (*(config.train[name] for name in STAGES), config.sample, config.audit, config.quality)
-    machine.start([stage.batch for stage in stages])
+    trained = [config.train[name] for name in (*ldm.stages(config.generator), "detector")]
+    parts = [s.batch // s.get("accumulate", 1) for s in trained]
+    machine.start([*parts, config.sample.batch, config.audit.batch, config.quality.batch])
     with jax.set_mesh(mesh.make(**config.mesh.to_dict())):
         stage.describe(workdir, config.to_dict(), log.provenance())
         codes = [{"train": train, "sample": sample, "audit": audit}[mode](config, workdir) for mode in _MODE.value]
@@ -52,42 +53,32 @@ def main(argv: list[str]) -> int:
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
-    """The generator's two stages, then the copy detector; stages that are done are skipped."""
+    """The generator's stages, then the copy detector; stages that are done are skipped."""
     sets = data.load(**config.data.to_dict())
     checkpoint.write_json(workdir / "data.json", {"spacing": sets["train"].spacing, "window": sets["train"].window})
     generator = build_generator(config, workdir)
-    images, held_out, pipeline = sets["train"].images, sets["select"].images, pipeline_of(config)
-    with claim(config, workdir / "autoencoder", *AUTOENCODER):
-        ldm.train_autoencoder(
-            generator,
-            images,
-            held_out,
-            **pipeline,
-            augment=augmentation(config.augment.autoencoder),
-            key=key(config, 0),
-            **config.train.autoencoder.to_dict(),
-        )
-        ldm.encode_set(generator, images, in_order=data.in_order)
-    with claim(config, workdir / "diffusion", *GENERATOR, grow=("train.diffusion.steps",)):
-        ldm.train_diffusion(
-            generator,
-            images,
-            held_out,
-            **pipeline,
-            patients=(sets["train"].patients, sets["select"].patients),
-            augment=augmentation(config.augment.diffusion),
-            key=key(config, 1),
-            guard=config.train.guard,
-            **config.train.diffusion.to_dict(),
-        )
+    for name in ldm.stages(config.generator):
+        with claim(config, workdir / name, *made_of(config, name), grow=GROW.get(name, ())):
+            ldm.train(
+                generator,
+                name,
+                sets["train"].images,
+                sets["select"].images,
+                **pipeline_of(config),
+                patients=(sets["train"].patients, sets["select"].patients),
+                augment=augmentation(config.augment[name]),
+                key=key(config, PURPOSE[name]),
+                guard=config.train.guard,
+                **config.train[name].to_dict(),
+            )
     train_detector(config, workdir / "detector", sets, purpose=2)
 
 
 def sample(config: ConfigDict, workdir: Path) -> None:
     """Image files `samples/000000.*` and on, as `sample.format` says; those that exist are kept."""
-    folder, form = workdir / "samples", form_of(config, workdir)
+    folder, form, last = workdir / "samples", form_of(config, workdir), ldm.stages(config.generator)[-1]
     draw, source = drawing(config, build_generator(config, workdir))
-    stage.claim(folder, settings_of(config, *GENERATOR, "sample"), grow=("sample.n",))
+    stage.claim(folder, settings_of(config, *made_of(config, last), "sample"), grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
     missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
     if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
@@ -109,12 +100,11 @@ def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Seq
     how = {name: config.sample[name] for name in ("sampler", "steps", "eta")} | {"key": key(config, 3)}
     control = config.sample.control
     if control == "held_out":
-        return ldm.round_trip(generator), data.load(**config.data.to_dict())["control"].images
+        return ldm.round_trip(generator) or jax.jit(lambda x: x), data.load(**config.data.to_dict())["control"].images
     if control:
         controls.check(control)
         return ldm.sampler(*ldm.optimal(generator), **how), np.arange(config.sample.n, dtype=np.int32)
-    weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
-    return ldm.sampler(generator, weights, **how), np.arange(config.sample.n, dtype=np.int32)
+    return ldm.sampler(generator, load(config, generator), **how), np.arange(config.sample.n, dtype=np.int32)
 
 
 def audit(config: ConfigDict, workdir: Path) -> int:
@@ -134,15 +124,15 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     if vectors:
         ids = {"train": sets["train"].ids, "val": sets["val"].ids, "synthetic": synthetic.ids}
         others["audit.embeddings"] = ldm.read_features(Path(vectors), ids, "config.audit.embeddings")
-    plants, render, losses = copies.grid(), None, None
-    if ours:
-        generator = build_generator(config, workdir)
-        render = ldm.round_trip(generator)
+    generator = build_generator(config, workdir) if ours else None
+    render = ldm.round_trip(generator) if ours else None
+    plants, losses = copies.grid(), None
+    if render:
         plants["autoencoder", 1.0] = lambda key, x: render(x)
         if "latents" in beside:
             others["latents"] = detection.by_correlation(ldm.latents(generator), "the autoencoder's latents")
-    if ours and not config.sample.control:
-        weights = ldm.load(generator, ema=config.sample.ema, decays=config.train.diffusion.ema)
+    if ours and config.generator == "ldm" and not config.sample.control:
+        weights = load(config, generator)
         plants |= {("re-noise", level): ldm.renoised(generator, weights, level=level) for level in RENOISE}
         if member:
             losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
@@ -209,18 +199,40 @@ def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -
 
 # ---- what of the config a stage is made of
 
-AUTOENCODER = ("autoencoder", "augment.autoencoder", "train.autoencoder")
-GENERATOR = (*AUTOENCODER, "unet", "diffusion", "augment.diffusion", "train.diffusion", "train.guard")
+MODELS = {
+    "autoencoder": ("autoencoder",),
+    "diffusion": ("unet", "diffusion", "train.guard"),
+    "vae": ("vae",),
+    "gan": ("gan",),
+}
+PURPOSE = {"autoencoder": 0, "diffusion": 1, "vae": 7, "gan": 8}  # of the seed; the others are detectors and samples
+GROW = {"diffusion": ("train.diffusion.steps",)}
+
+
+def made_of(config: ConfigDict, last: str) -> list[str]:
+    """Sections that the generator's stages up to `last` depend on."""
+    names = ldm.stages(config.generator)
+    names = names[: names.index(last) + 1]
+    return ["generator", "dtype", *(s for name in names for s in (*MODELS[name], f"augment.{name}", f"train.{name}"))]
 
 
 def build_generator(config: ConfigDict, workdir: Path) -> ldm.Generator:
     return ldm.build(
+        config.generator,
         (*config.data.size, 1),
         workdir,
-        coder=config.autoencoder.to_dict(),
+        first=config[ldm.stages(config.generator)[0]].to_dict(),
         net=config.unet.to_dict(),
         process=config.diffusion.to_dict(),
+        dtype=config.dtype,
+        remat=config.remat,
     )
+
+
+def load(config: ConfigDict, generator: ldm.Generator) -> Any:
+    """The weights that `config.sample` asks for."""
+    last = ldm.stages(config.generator)[-1]
+    return ldm.load(generator, ema=config.sample.ema, decays=config.train[last].get("ema", ()))
 
 
 def detector_of(config: ConfigDict) -> dict:

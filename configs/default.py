@@ -65,8 +65,11 @@ def get_config(variant: str = "") -> ConfigDict:
     cohort.duplicates = 0  # training subjects present again under other names,
     cohort.copies = 1  # so many more times each
 
-    # ---- generator: KL autoencoder, then a UNet on its latents
-    config.autoencoder = ConfigDict(
+    # ---- generator: 'ldm' (an autoencoder, then a UNet on its latents), or the baselines 'vae' and 'gan'
+    config.generator = "ldm"
+    config.dtype = "float32"  # or 'bfloat16': activations and matrix products; parameters, norms and losses stay fp32
+    config.remat = False  # compute activations again for the backward pass: slower, a fraction of the memory
+    config.autoencoder = autoencoder = ConfigDict(
         {
             "widths": (32, 64, 64),  # channels per level, from full size down
             "strides": (2, 2),  # down-sampling between levels: one int, or one per axis, each
@@ -74,7 +77,36 @@ def get_config(variant: str = "") -> ConfigDict:
             "latent": 8,  # latent channels
             "blocks": 1,  # residual blocks per level
             "attention": False,  # self-attention at the smallest level
-            "kl_weight": 1e-4,  # of the KL divergence per pixel, against L1 per pixel
+            "codes": 0,  # entries of the codebook of a VQ autoencoder; 0: a KL autoencoder
+            "error": "l1",  # of pixels: 'l1' or 'l2'; the weights below are against it
+            "kl_weight": 1e-4,  # of the KL divergence per pixel
+            "calibrated": False,  # multiply kl_weight by the error: with 1.0, the evidence lower bound
+            "commitment": 0.25,  # of encodings to their codes
+            "perceptual": 0.0,  # of a distance of filter responses at several scales, against blur
+            "adversarial": 0.0,  # of a patch adversary, in units of equal gradients; published VQ-GANs: up to 1
+            "adversary_from": 0.5,  # share of the training steps after which it starts
+            "adversary_widths": (32, 64, 128),  # channels of its levels, each half the size of the one before
+        }
+    )
+    # the autoencoder as a generator: a short code, and a KL term that makes its prior one to sample from
+    config.vae = ConfigDict(
+        {
+            **autoencoder.to_dict(),
+            "widths": (32, 64, 64, 128, 128),
+            "strides": (2, 2, 2, 2),
+            "latent": 32,
+            "kl_weight": 1.0,
+            "calibrated": True,
+        }
+    )
+    config.gan = ConfigDict(
+        {
+            "widths": (24, 48, 96),  # channels per level of both players, from full size down
+            "strides": (2, 2),
+            "patch": 2,  # positions folded into channels at full size
+            "latent": 64,  # length of the noise
+            "blocks": 1,  # residual blocks per level
+            "gamma": 1.0,  # weight of the gradient penalties; larger for larger images and smaller sets
         }
     )
     config.unet = ConfigDict(
@@ -100,7 +132,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # it acts before encoding; the autoencoder's keeps its rendering of unseen patients like that of its training set
     config.augment = ConfigDict()
     config.augment.autoencoder = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5, "shift": 0.05, "scale": 0.08})
-    config.augment.diffusion = ConfigDict({"flip": 0.0, "rotate": 0.0, "rotate_p": 0.5, "shift": 0.0, "scale": 0.0})
+    for stage in ("diffusion", "vae", "gan"):
+        config.augment[stage] = ConfigDict({"flip": 0.0, "rotate": 0.0, "rotate_p": 0.5, "shift": 0.0, "scale": 0.0})
 
     # ---- copy detector
     config.detector = ConfigDict(
@@ -131,10 +164,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = train = ConfigDict()
     adam = {"rate": 1e-3, "warmup": 50, "decay_to": 0.1, "weight_decay": 0.0, "clip": 1.0}
     run = {"log_every": 20, "eval_every": 200, "save_every": 500}
-    train.autoencoder = ConfigDict({"steps": 400, "batch": 16, "optimiser": adam, **run})
+    parts = {"accumulate": 1}  # parts of a batch that pass through the model one after the other, to save memory
+    train.autoencoder = ConfigDict({"steps": 400, "batch": 16, "optimiser": adam, **parts, **run})
     train.diffusion = ConfigDict(
-        {"steps": 900, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **run}
+        {"steps": 900, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **parts, **run}
     )
+    train.vae = ConfigDict({"steps": 1000, "batch": 16, "optimiser": adam, **parts, **run})
+    player = {**adam, "rate": 5e-4, "b1": 0.0, "b2": 0.99}  # each player's; momentum of none steadies the game
+    train.gan = ConfigDict({"steps": 1000, "batch": 16, "optimiser": player, "ema": (0.99, 0.999), **parts, **run})
     train.detector = ConfigDict(
         {"steps": 300, "batch": 64, "optimiser": {**adam, "rate": 3e-3, "warmup": 15, "decay_to": 0.02}, **run}
     )
@@ -152,7 +189,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "sampler": "ddim",
             "steps": 50,  # at most diffusion.steps
             "eta": 0.0,  # of 'ddim': noise put back, from 0 (none) to 1 ('ddpm')
-            "ema": 0.999,  # which of train.diffusion.ema
+            "ema": 0.999,  # which of train.diffusion.ema, or of train.gan.ema; the four above are the LDM's alone
             # in place of the trained generator, one whose memorization is known: 'optimal', the optimal denoiser of the
             # training set, draws nothing else; 'held_out', the control split through the autoencoder, memorizes nothing
             "control": config_dict.placeholder(str),
@@ -278,9 +315,11 @@ def shrink(config: ConfigDict) -> None:
     """Seconds on a laptop, for tests of the path and not of the result: 32x32, eight steps a stage."""
     config.data.size = (32, 32)
     config.autoencoder.update(widths=(8, 16), strides=(2,), latent=4)
+    config.vae.update(widths=(8, 16, 16), strides=(2, 4), latent=4)
+    config.gan.update(widths=(8, 16), strides=(2,), latent=8)
     config.unet.update(width=16)
     config.detector.update(widths=(8, 16), blocks=(1, 1), dim=16)
-    for stage in (config.train.autoencoder, config.train.diffusion, config.train.detector):
+    for stage in (section for section in config.train.values() if isinstance(section, ConfigDict)):
         stage.update(steps=8, batch=8, eval_every=4, save_every=4, log_every=2)
     config.sample.update(n=12, batch=8, steps=4)
     config.audit.update(batch=8, pairs=4, planted=8)

@@ -4,6 +4,10 @@
 
 NIH is a folder with Data_Entry*.csv and images*/, an image folder, or a CSV manifest. Default: 64x64, two cores, minutes.
 
+`:compare` is for the comparison of generators in RESULTS.md, each with `--config.generator=ldm`, `vae` and `gan`: few
+training images, so that what memorizes does so within minutes, and as many training steps as give each the same FLOPs
+(`--config.dry_run=True` says them).
+
 `:paper` holds the published settings of the copy detector (Dar et al., arXiv 2402.01054, and the authors' code) at
 512x512: 10,000 training and 200 validation images, ResNet-50 from scratch (theirs starts from ImageNet weights), whose
 checkpoint is chosen on validation as they did. It needs one accelerator of 80 GB or several; it was not run here. The
@@ -16,7 +20,7 @@ from configs import default
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    default.only(variant, "", "small", "tiny", "paper")
+    default.only(variant, "", "compare", "small", "tiny", "paper")
     config = default.get_config()
     # the null is by patient: the more unseen patients, the fewer copies can be told from chance
     config.data.fractions = {"train": 0.5, "select": 0.05, "val": 0.25, "control": 0.2}
@@ -31,6 +35,13 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.limit.train = 32
     if variant == "tiny":
         default.shrink(config)
+    if variant == "compare":
+        config.data.fractions = {"train": 0.2, "select": 0.05, "val": 0.4, "control": 0.35}
+        config.data.limit.train = 48
+        config.train.detector.batch = 32  # not more than there are images: an image is no negative of itself
+        config.train.vae.steps, config.train.gan.steps = 1300, 990
+        for stage in ("autoencoder", "diffusion", "vae", "gan"):
+            config.train[stage].eval_every = 500
     if variant == "paper":
         config.data.update(size=(512, 512), intensity="minmax")
         config.data.limit = {"train": 10_000, "val": 200}

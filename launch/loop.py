@@ -15,7 +15,11 @@ from launch import checkpoint, layers, log, mesh, preempt
 
 
 class Task(NamedTuple):
-    """What is trained: `init(key) -> params` and `loss(params, batch, key) -> (scalar, {name: scalar})`."""
+    """What is trained: `init(key) -> params` and `loss(params, batch, key) -> (scalar, {name: scalar})`.
+
+    Several players (a generator and its adversary, a codebook that follows its encoder) are one task too: the loss sums
+    theirs, `stop_gradient` keeps each from the others' parameters, and an `optax.partition` gives each its own optimiser.
+    """
 
     init: Callable[[jax.Array], Any]
     loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -32,8 +36,21 @@ class State(NamedTuple):
     best_loss: jax.Array
 
 
+def gradient_only(loss: jax.Array) -> jax.Array:
+    """Zero, with the gradient of `loss`: what a player adds to a loss whose value is another's."""
+    return loss - jax.lax.stop_gradient(loss)
+
+
 def optimiser(
-    *, steps: int, rate: float, warmup: int = 0, decay_to: float = 1.0, weight_decay: float = 0.0, clip: float = 1.0
+    *,
+    steps: int,
+    rate: float,
+    warmup: int = 0,
+    decay_to: float = 1.0,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015; AdamW where `weight_decay` > 0) after clipping the gradients' global norm.
 
@@ -41,7 +58,7 @@ def optimiser(
     """
     cosine = optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=decay_to)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), cosine], [warmup]) if warmup else cosine
-    adam = optax.adamw(schedule, weight_decay=weight_decay) if weight_decay else optax.adam(schedule)
+    adam = optax.adamw(schedule, b1, b2, weight_decay=weight_decay) if weight_decay else optax.adam(schedule, b1, b2)
     return optax.chain(optax.clip_by_global_norm(clip), adam)
 
 
@@ -56,11 +73,23 @@ def create(
 
 
 def train_step(
-    state: State, batch: Any, *, task: Task, tx: optax.GradientTransformation, key: jax.Array
+    state: State, batch: Any, *, task: Task, tx: optax.GradientTransformation, key: jax.Array, accumulate: int = 1
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimiser step and one step of every moving average (warmed up as min(decay, (1 + t) / (10 + t)))."""
+    """One optimiser step and one step of every moving average (warmed up as min(decay, (1 + t) / (10 + t))).
+
+    `accumulate` parts of the batch pass through the model one after the other, and their gradients are averaged.
+    """
     gradient = jax.value_and_grad(task.loss, has_aux=True)
-    (loss, metrics), grads = gradient(state.params, batch, jax.random.fold_in(key, state.step))
+    key = jax.random.fold_in(key, state.step)
+    if accumulate == 1:
+        (loss, metrics), grads = gradient(state.params, batch, key)
+    else:
+        parts, keys = in_parts(batch, accumulate), jax.random.split(key, accumulate)
+        each = lambda part: gradient(state.params, *part)
+        first = jax.tree.map(jnp.zeros_like, jax.eval_shape(each, jax.tree.map(lambda x: x[0], (parts, keys))))
+        add = lambda total, part: (jax.tree.map(jnp.add, total, each(part)), None)
+        total, _ = jax.lax.scan(add, first, (parts, keys))
+        (loss, metrics), grads = jax.tree.map(lambda x: x / accumulate, total)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     warm = (1.0 + state.step) / (10.0 + state.step)
@@ -87,6 +116,24 @@ def agreeing(step_fn: Callable) -> Callable:
     return step
 
 
+def in_parts(batch: Any, parts: int) -> Any:
+    """A batch (B, ...) as (parts, B / parts, ...), part i rows i, i + parts, ...: so every device keeps the rows it has.
+
+    Raises:
+      ValueError: if the parts cannot be of one size, or the devices cannot share one.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.shape[0] % (parts * mesh.shares()):
+            raise ValueError(
+                f"a batch of {x.shape[0]} cannot be accumulated in {parts} parts on {mesh.shares()} devices: "
+                "change batch or accumulate in its section of config.train"
+            )
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
 def keep_best(state: State, loss: jax.Array) -> State:
     """Remembers the parameters if this selection loss is the lowest so far."""
     better = loss < state.best_loss
@@ -107,6 +154,7 @@ def fit(
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     held_out: Callable[[], Iterable[Any]] | None = None,
     select: bool = False,
+    accumulate: int = 1,
     on_eval: Callable[[int, State], tuple[dict[str, float], bool]] | None = None,
     save_every: int = 500,
     eval_every: int = 250,
@@ -120,10 +168,12 @@ def fit(
       key: the run's randomness; step t uses `fold_in(key, t)`.
       ema: decays of the moving averages to keep.
       prepare: jitted `prepare(batch, key) -> batch` run on the device before the step (frozen models, augmentation).
-      held_out: yields global batches whose mean loss is reported as `held_out_loss` every `eval_every` steps.
+      held_out: yields global batches on which the loss and its metrics are reported, as `held_out_...`, every `eval_every`
+        steps.
       on_eval: `on_eval(step, state) -> (metrics, halt)` after each measurement of the held-out loss, on every process;
         `halt` ends training at that step, checkpoint saved.
       select: keep the parameters with the best held-out loss in `State.best`.
+      accumulate: parts of a batch that pass through the model one after the other, to save memory.
     Returns:
       The state after the last step, or after the one at which `on_eval` halted.
     Raises:
@@ -145,13 +195,13 @@ def fit(
         if start >= steps:
             return state
         several = jax.process_count() > 1
-        one_step = functools.partial(train_step, task=task, tx=tx, key=step_key)
+        one_step = functools.partial(train_step, task=task, tx=tx, key=step_key, accumulate=accumulate)
         step_fn = jax.jit(
             agreeing(one_step) if several else one_step,
             donate_argnums=0,
             out_shardings=(shardings, mesh.replicated()),
         )
-        loss_fn = jax.jit(lambda params, batch: task.loss(params, batch, eval_key)[0])
+        loss_fn = jax.jit(lambda params, batch: task.loss(params, batch, eval_key))
         best_fn = jax.jit(keep_best, donate_argnums=0, out_shardings=shardings)
         metrics = log.Metrics(folder, start)
         bar = log.progress(name, steps, start)
@@ -190,11 +240,12 @@ def fit(
             stop = done == steps or (agreed if several else told())
             if held_out and (done % eval_every == 0 or done == steps):
                 losses = [loss_fn(state.params, b) for b in held_out()]
-                loss = jnp.stack(losses).mean()
+                loss, others = jax.tree.map(lambda *values: jnp.stack(values).mean(), *losses)
                 if select:
                     state = best_fn(state, loss)
                 values, halted = on_eval(done, state) if on_eval else ({}, False)
-                metrics.write(done, {"held_out_loss": float(loss), **values})
+                found = jax.device_get({"loss": loss, **others})
+                metrics.write(done, {f"held_out_{k}": float(v) for k, v in found.items()} | values)
                 stop = stop or halted
             if done % save_every == 0 or stop:
                 collect(waiting=0)

@@ -1,19 +1,7 @@
-"""Generators: autoencoder, latent UNet, diffusion maths and sampling. Sees arrays; knows neither files nor detector."""
+"""Generators: autoencoder, latent UNet, GAN, diffusion maths and sampling. Sees arrays; knows neither files nor detector."""
 
-from ldm.generator import (
-    Generator,
-    Weights,
-    build,
-    encode_set,
-    latents,
-    load,
-    optimal,
-    renoised,
-    round_trip,
-    sampler,
-    train_autoencoder,
-    train_diffusion,
-)
+from ldm.generator import Generator, Weights, build, latents, load, optimal, renoised, round_trip, sampler, stages
 from ldm.levels import loss_levels
 from ldm.quality import evaluate, read_features
 from ldm.similarity import ssim
+from ldm.training import train

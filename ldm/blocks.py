@@ -1,12 +1,17 @@
-"""Blocks of the autoencoder and the UNet: residual block, self-attention, up-sampling. Any rank, channel last."""
+"""Blocks of the networks: residual block, self-attention, down- and up-sampling. Any rank, channel last."""
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from launch.layers import Conv, Dense, GroupNorm
+
+BLOCK = "block"  # what a block's output is called for `recomputed`
 
 
 class ResBlock(nn.Module):
@@ -28,7 +33,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, zero=True, dtype=self.dtype)(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype)(x)
-        return x + h
+        return checkpoint_name(x + h, BLOCK)
 
 
 class Attention(nn.Module):
@@ -40,10 +45,26 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, *_, channels = x.shape
+        if channels % self.heads:
+            raise ValueError(f"{self.heads} attention heads cannot share {channels} channels: change heads or widths")
         qkv = Dense(3 * channels, dtype=self.dtype)(GroupNorm()(x))
         q, k, v = (a.reshape(batch, -1, self.heads, channels // self.heads) for a in jnp.split(qkv, 3, axis=-1))
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        return x + Dense(channels, zero=True, dtype=self.dtype)(h)
+        return checkpoint_name(x + Dense(channels, zero=True, dtype=self.dtype)(h), BLOCK)
+
+
+def recomputed(apply: Callable) -> Callable:
+    """`apply`, which for the backward pass keeps the blocks' outputs only and computes the rest again (Chen et al. 2016)."""
+    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(BLOCK))
+
+
+def pool(x: jax.Array, factors: Sequence[int]) -> jax.Array:
+    """Means of blocks of `factors` positions of (B, *S, C); what is left over at the end of an axis is dropped."""
+    for axis, factor in enumerate(factors, start=1):
+        n = x.shape[axis] // factor
+        x = jax.lax.slice_in_dim(x, 0, n * factor, axis=axis)
+        x = x.reshape(*x.shape[:axis], n, factor, *x.shape[axis + 1 :]).mean(axis + 1)
+    return x
 
 
 def upsample(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:
@@ -74,3 +95,28 @@ def unfold(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:
     )
     split = x.reshape(batch, *cells, *factors, -1).transpose(*order, 2 * rank + 1)
     return split.reshape(batch, *(c * f for c, f in zip(cells, factors, strict=True)), -1)
+
+
+def levels_of(
+    section: str, size: tuple[int, ...], widths: Sequence[int], strides: Sequence, patch: int | Sequence[int] = 1
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...]]:
+    """(`strides` between levels, and `patch` before them, as one int per axis each; the size of the smallest level).
+
+    Raises:
+      ValueError: naming the key of `section`, where the factors do not divide the size, or numbers of levels differ.
+    """
+    each = lambda v: (int(v),) * len(size) if isinstance(v, int) else tuple(int(n) for n in v)
+    patch, strides = each(patch), tuple(each(s) for s in strides)
+    if len(strides) != len(widths) - 1:
+        raise ValueError(
+            f"config.{section}.strides has {len(strides)} entries; widths {tuple(widths)} need {len(widths) - 1}"
+        )
+    if any(len(s) != len(size) for s in (*strides, patch)):
+        raise ValueError(f"config.{section}: strides {strides} and patch {patch} must fit images of size {size}")
+    factors = [math.prod(s[axis] for s in (*strides, patch)) for axis in range(len(size))]
+    for axis, (extent, factor) in enumerate(zip(size, factors, strict=True)):
+        if extent % factor:
+            raise ValueError(
+                f"config.data.size[{axis}]={extent} must be a multiple of {factor}, the factor of config.{section}"
+            )
+    return strides, patch, tuple(n // f for n, f in zip(size, factors, strict=True))

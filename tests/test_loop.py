@@ -127,6 +127,26 @@ class _Compiles:
         self.logger.removeHandler(self.handler)
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_are_the_whole_batch(tmp_path, parts):
+    """Of a loss without randomness; the step after clipping, Adam and averages included."""
+    error = lambda params, batch, key: ((Net().apply(params, batch) - batch) ** 2).mean()
+    plain = loop.Task(TASK.init, lambda params, batch, key: (error(params, batch, key), {"mean": batch.mean()}))
+    with jax.set_mesh(mesh.make(2, devices=jax.devices()[:4])):
+        whole = run(tmp_path / "whole", task=plain, steps=5)
+        assert_close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+        jax.tree.map(assert_close, whole.params, run(tmp_path / "parts", task=plain, steps=5, accumulate=parts).params)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[0] for name in ("whole", "parts")]
+    for name, value in log.json.loads(lines[0]).items():
+        if name != "seconds":
+            assert log.json.loads(lines[1])[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_parts_that_devices_cannot_share_are_told(tmp_path):
+    with pytest.raises(ValueError, match="a batch of 16 cannot be accumulated in 4 parts on 8 devices"):
+        run(tmp_path, accumulate=4)
+
+
 def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path):
     def poisoned(start):
         for step, batch in enumerate(batches(start), start):

@@ -1,0 +1,228 @@
+"""The generators as wholes: every kind trains on the one loop, resumes exactly, agrees over devices, samples by number."""
+
+import json
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ldm
+from launch import layers, loop, mesh
+from ldm import diffusion, gan, generator, reconstruction
+from tests.test_loop import Killed, _Compiles, assert_same
+from tests.test_main import cache, run  # noqa: F401
+
+CODER = dict(widths=(8, 16), strides=(2,), patch=2, latent=4, blocks=1, attention=False)
+AIMS = dict(error="l1", kl_weight=1e-3, calibrated=False, commitment=0.25, perceptual=0.3, adversarial=0.0)
+FIRST = {
+    "ldm": dict(**CODER, **AIMS, codes=0, adversary_widths=(8, 8), adversary_from=0.5),
+    "vae": dict(**CODER, **{**AIMS, "calibrated": True}, codes=0, adversary_widths=(8, 8), adversary_from=0.5),
+    "gan": dict(widths=(8, 16), strides=(2,), latent=8, blocks=1, gamma=1.0),
+}
+NET = dict(width=8, mults=(1, 2), blocks=1, attention=(False, True), heads=4, dropout=0.0)
+PROCESS = dict(schedule="cosine", steps=100, beta=(0.0015, 0.0195), predict="v", min_snr=0.0)
+ADAM = dict(rate=1e-3, warmup=2, decay_to=0.1)
+RNG = np.random.default_rng(0)
+IMAGES = np.tanh(RNG.standard_normal((32, 16, 16, 1)) + RNG.standard_normal((32, 1, 1, 1))).astype(np.float32)
+
+
+def build(kind, folder, first=None, **settings):
+    return ldm.build(
+        kind, (16, 16, 1), folder, first=FIRST.get(kind, {}) | (first or {}), net=NET, process=PROCESS, **settings
+    )
+
+
+def batches(images, *, batch, start):
+    step = start
+    while True:
+        yield images[np.random.default_rng(step).permutation(len(images))[:batch]][mesh.rows(batch)]
+        step += 1
+
+
+def in_order(images, batch):
+    for at in range(0, len(images), batch):
+        part = np.stack([images[i] for i in range(at, min(at + batch, len(images)))])
+        yield np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)]), len(part)
+
+
+def train(model, name, feed=batches, steps=6, **settings):
+    """Trains the stage; the loop's last state: parameters and optimiser states of all players."""
+    ema = {} if name in ("autoencoder", "vae") else {"ema": (0.9,)}
+    settings = dict(batch=16, optimiser=ADAM, save_every=2, eval_every=6, log_every=1) | ema | settings
+    states, fit = [], loop.fit
+    with mock.patch.object(loop, "fit", lambda *args, **kwargs: states.append(fit(*args, **kwargs)) or states[-1]):
+        ldm.train(
+            model, name, IMAGES[:24], IMAGES[24:], batches=feed, in_order=in_order, augment=None, steps=steps,
+            key=jax.random.key(0), patients=(np.arange(24), np.arange(8)), guard="off", **settings,
+        )  # fmt: skip
+    return states[-1]
+
+
+def killed_at(at):
+    def feed(images, *, batch, start):
+        for step, x in enumerate(batches(images, batch=batch, start=start), start):
+            if step == at:
+                raise Killed
+            yield x
+
+    return feed
+
+
+PLAYERS = {
+    "vq, adversary": ("ldm", "autoencoder", dict(codes=16, adversarial=0.5)),
+    "kl, adversary": ("ldm", "autoencoder", dict(adversarial=0.5)),
+    "vae": ("vae", "vae", {}),
+    "gan": ("gan", "gan", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("players", PLAYERS)
+def test_a_killed_run_ends_in_the_same_bits(tmp_path, players):
+    """Killed before and after the adversary's start, which is at step 3."""
+    kind, name, first = PLAYERS[players]
+    whole = train(build(kind, tmp_path / "whole", first), name)
+    for at in (1, 5):
+        with pytest.raises(Killed):
+            train(build(kind, tmp_path / "killed", first), name, feed=killed_at(at))
+    assert_same(whole, train(build(kind, tmp_path / "killed", first), name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("players", PLAYERS)
+def test_any_number_of_devices_agrees(tmp_path, mesh_of, players):
+    kind, name, first = PLAYERS[players]
+    with jax.set_mesh(mesh_of(1, 1)):
+        one = train(build(kind, tmp_path / "one", first), name)
+    with jax.set_mesh(mesh_of(8, 2)):
+        many = train(build(kind, tmp_path / "many", first), name)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("players", PLAYERS)
+def test_one_compile_of_the_step_for_each_set_of_players(tmp_path, players):
+    kind, name, first = PLAYERS[players]
+    with jax.log_compiles(), _Compiles() as compiled:
+        train(build(kind, tmp_path, first), name)
+    assert compiled.count("train_step") == (2 if "adversarial" in first else 1), compiled.names
+
+
+def test_the_adversary_starts_late(tmp_path):
+    train(build("ldm", tmp_path, dict(adversarial=0.5)), "autoencoder")
+    lines = [json.loads(line) for line in (tmp_path / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    told = [line["step"] for line in lines if "discriminator" in line]
+    assert told == [4, 5, 6] and all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert "discriminator" not in generator.load_autoencoder(build("ldm", tmp_path, dict(adversarial=0.5)))
+
+
+@pytest.mark.parametrize("kind", ["ldm", "vae", "gan"])
+def test_a_sample_is_a_function_of_its_number(tmp_path, kind):
+    """A batch of eight and a later one of four agree where their numbers do; another seed gives other images."""
+    model = build(kind, tmp_path, dict(codes=8) if kind == "ldm" else None)
+    for name in ldm.stages(kind):
+        train(model, name, steps=2)
+    weights = ldm.load(model, ema=0.9, decays=(0.9,))
+    how = dict(sampler="ddim", steps=3, eta=0.0)
+    draw = ldm.sampler(model, weights, key=jax.random.key(1), **how)
+    eight, four = draw(np.arange(8)), draw(np.array([11, 5, 2, 7]))
+    np.testing.assert_allclose(four[1:], eight[np.array([5, 2, 7])], atol=1e-5)
+    assert eight.shape == (8, 16, 16, 1) and np.ptp(np.asarray(eight), axis=0).max() > 1e-3 and np.abs(eight).max() <= 1
+    other = ldm.sampler(model, weights, key=jax.random.key(2), **how)(np.arange(8))
+    assert np.abs(other - eight).max() > 1e-3
+    trip = ldm.round_trip(model)
+    assert trip is None if kind == "gan" else trip(IMAGES[:4]).shape == (4, 16, 16, 1)
+
+
+def test_a_vae_samples_from_its_prior(tmp_path):
+    model = build("vae", tmp_path)
+    train(model, "vae", steps=2)
+    weights = ldm.load(model, ema=0.9, decays=())
+    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(3)]
+    z = jnp.stack([jax.random.normal(key, model.autoencoder.latent_shape) for key in keys])
+    expected = jnp.clip(model.autoencoder.decode(weights.autoencoder, z), -1, 1)
+    drawn = ldm.sampler(model, weights, key=jax.random.key(1), sampler="", steps=0, eta=0.0)(np.arange(3))
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("dit", {}, "config.generator='dit': use one of ldm, vae, gan"),
+        ("gan", {"dtype": "float16"}, "config.dtype='float16': use 'float32' or 'bfloat16'"),
+        ("vae", {"first": dict(codes=8)}, "config.vae.codes must be 0"),
+        ("vae", {"first": dict(error="l3")}, "config.vae.error='l3'"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, kind, settings, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        build(kind, tmp_path, **settings)
+
+
+def test_the_control_that_memorizes_is_latent_diffusion(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.generator='gan' has none"):
+        ldm.optimal(build("gan", tmp_path))
+
+
+# ---- precision and memory
+
+
+def tasks(model):
+    """(task, batch) of every network of this kind of generator."""
+    if model.gan is not None:
+        return gan.task(model.gan)
+    if model.kind == "vae":
+        return reconstruction.task(model.autoencoder, model.aims, adversarial=False)
+    return diffusion.task(model.denoiser, model.init_unet, lambda z, key: z)
+
+
+@pytest.mark.parametrize("kind", ["ldm", "vae", "gan"])
+def test_bf16_computes_nearly_the_same_and_keeps_fp32_parameters(tmp_path, kind):
+    x = jnp.asarray(IMAGES[:8]) if kind != "ldm" else jax.random.normal(jax.random.key(3), (8, 4, 4, 4))
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        task = tasks(build(kind, tmp_path, dtype=dtype))
+        params = layers.init(task.init, jax.random.key(0))
+        params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+        (loss, _), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, x, jax.random.key(2))
+        assert {leaf.dtype for leaf in jax.tree.leaves((params, grads, loss))} == {jnp.dtype("float32")}
+        found[dtype] = float(loss), jnp.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
+    (exact, g), (near, g_near) = found["float32"], found["bfloat16"]
+    assert near == pytest.approx(exact, rel=0.02) and near != exact
+    assert g @ g_near / jnp.linalg.norm(g) / jnp.linalg.norm(g_near) > 0.98
+
+
+@pytest.mark.parametrize("kind", ["ldm", "vae", "gan"])
+def test_recomputing_activations_changes_nothing_but_memory(tmp_path, kind):
+    x = jnp.asarray(IMAGES[:8]) if kind != "ldm" else jax.random.normal(jax.random.key(3), (8, 4, 4, 4))
+    found = []
+    for remat in (False, True):
+        task = tasks(build(kind, tmp_path, remat=remat))
+        params = layers.init(task.init, jax.random.key(0))
+        found.append(jax.jit(jax.value_and_grad(lambda p, t=task: t.loss(p, x, jax.random.key(2))[0]))(params))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ---- through the entrypoint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vae", "gan"])
+def test_the_whole_path(tmp_path, cache, kind):  # noqa: F811
+    done = run(tmp_path, "--mode=train,sample,audit", f"--config.generator={kind}", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    audit = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert audit["n_syn"] == 12 and 0 <= audit["calibrated"]["copy_rate"] <= 1
+    assert np.isfinite(
+        json.loads((tmp_path / "quality.json").read_text())["spaces"]["detector"]["synthetic"]["recall"]["value"]
+    )
+    assert (tmp_path / "vae" / "reconstruction.json").exists() == (kind == "vae")
+    assert not (tmp_path / "diffusion").exists()
+    other = run(tmp_path, "--mode=sample", "--config.generator=ldm", cache=cache)
+    assert other.returncode == 1 and "run --mode=train" in other.stderr
