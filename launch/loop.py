@@ -54,10 +54,13 @@ def optimiser(
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015; AdamW where `weight_decay` > 0) after clipping the gradients' global norm.
 
-    The rate warms up linearly for `warmup` steps, then follows a cosine to `decay_to * rate` at `steps`.
+    The rate warms up linearly for `warmup` steps, then follows a cosine to `decay_to * rate` at `steps`. Where it does not
+    decay, `steps` is no part of it, and a longer run has the same compiled step.
     """
-    cosine = optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=decay_to)
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), cosine], [warmup]) if warmup else cosine
+    after = optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=decay_to)
+    if decay_to == 1.0:
+        after = optax.constant_schedule(rate)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup]) if warmup else after
     adam = optax.adamw(schedule, b1, b2, weight_decay=weight_decay) if weight_decay else optax.adam(schedule, b1, b2)
     return optax.chain(optax.clip_by_global_norm(clip), adam)
 
@@ -109,8 +112,8 @@ def agreeing(step_fn: Callable) -> Callable:
     """
 
     @functools.wraps(train_step)
-    def step(state: State, batch: Any, flags: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        state, metrics = step_fn(state, batch)
+    def step(state: State, batch: Any, key: jax.Array, flags: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        state, metrics = step_fn(state, batch, key)
         return state, {**metrics, "told": flags.max()}
 
     return step
@@ -195,13 +198,16 @@ def fit(
         if start >= steps:
             return state
         several = jax.process_count() > 1
-        one_step = functools.partial(train_step, task=task, tx=tx, key=step_key, accumulate=accumulate)
+
+        def one_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+            return train_step(state, batch, task=task, tx=tx, key=key, accumulate=accumulate)
+
         step_fn = jax.jit(
             agreeing(one_step) if several else one_step,
             donate_argnums=0,
             out_shardings=(shardings, mesh.replicated()),
         )
-        loss_fn = jax.jit(lambda params, batch: task.loss(params, batch, eval_key))
+        loss_fn = jax.jit(task.loss)
         best_fn = jax.jit(keep_best, donate_argnums=0, out_shardings=shardings)
         metrics = log.Metrics(folder, start)
         bar = log.progress(name, steps, start)
@@ -233,13 +239,13 @@ def fit(
             batch = mesh.put(batch)
             if prepare:
                 batch = prepare(batch, jax.random.fold_in(prepare_key, step))
-            state, values = step_fn(state, batch, *([mesh.put(preempt.flags())] if several else []))
+            state, values = step_fn(state, batch, step_key, *([mesh.put(preempt.flags())] if several else []))
             pending.append((step, values))
             collect(waiting=2)
             done = step + 1
             stop = done == steps or (agreed if several else told())
             if held_out and (done % eval_every == 0 or done == steps):
-                losses = [loss_fn(state.params, b) for b in held_out()]
+                losses = [loss_fn(state.params, b, eval_key) for b in held_out()]
                 loss, others = jax.tree.map(lambda *values: jnp.stack(values).mean(), *losses)
                 if select:
                     state = best_fn(state, loss)

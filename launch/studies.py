@@ -83,17 +83,17 @@ STUDIES = {
     "size": Study(
         "Do more training patients keep the model from copying, at the same number of steps?",
         "training images",
-        [Level(str(n), subjects(n), n) for n in (16, 32, 64, 128, 256)],
+        [Level(str(n), subjects(n), n) for n in (16, 32, 64, 128)],
         paper="falls",
     ),
-    "width": Study("Do larger models copy more?", "UNet width", numbers("unet.width", (16, 32, 64, 96)), paper="rises"),
+    "width": Study("Do larger models copy more?", "UNet width", numbers("unet.width", (16, 32, 64)), paper="rises"),
     "steps": Study(
         "Does over-training make the model copy?", "diffusion steps", along((100, 200, 400, 800, 1600)), paper="rises"
     ),
     "law": Study(
         "Does the time to memorize grow in proportion to the number of patients?",
         "diffusion steps / training images",
-        [level for n in (16, 32, 64, 128) for level in along([n * r for r in (4, 8, 12, 16, 24)], n)],
+        [level for n in (16, 32, 64, 128) for level in along([n * r for r in (4, 8, 16, 32)], n)],
         paper="rises",
     ),
     "samples": Study(

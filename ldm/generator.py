@@ -192,11 +192,11 @@ def sampler(
         return generator.autoencoder.decode(weights.autoencoder, z * weights.std + weights.mean)
 
     @jax.jit
-    def draw(weights: Any, numbers: jax.Array) -> jax.Array:
+    def draw(weights: Any, numbers: jax.Array, key: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         return jnp.clip(images(weights, keys), -1.0, 1.0)
 
-    return lambda numbers: draw(weights, numbers)
+    return lambda numbers: draw(weights, numbers, key)
 
 
 def renoised(

@@ -171,15 +171,18 @@ def train_diffusion(
     mean, std = moments(generator)
     encode = jax.jit(lambda params, x: tuple(generator.autoencoder.encode(params, x)))
 
+    # not in the step: it would be compiled again for other moments
+    normalise = jax.jit(lambda q, mean, std: ((q[0] - mean) / std, q[1] - 2 * jnp.log(std)))
+
     def draw(q: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
-        return (autoencoder.draw(autoencoder.Posterior(*q), key) - mean) / std
+        return autoencoder.draw(autoencoder.Posterior(*q), key)
 
     if augment is None:
-        source, prepare = Posteriors(latents_folder(generator)), None
+        source, prepare = Posteriors(latents_folder(generator)), lambda q, key: normalise(q, mean, std)
     else:
         moved = jax.jit(augment)
-        source, prepare = images, lambda x, key: encode(params, moved(key, x))
-    encoded = [encode(params, x) for x in loop.whole_batches(in_order, held_out, batch)]
+        source, prepare = images, lambda x, key: normalise(encode(params, moved(key, x)), mean, std)
+    encoded = [normalise(encode(params, x), mean, std) for x in loop.whole_batches(in_order, held_out, batch)]
     state = loop.fit(
         "diffusion",
         diffusion.task(generator.denoiser, generator.init_unet, draw, min_snr=generator.min_snr),
