@@ -4,7 +4,9 @@ Parameters only, no mutable state. Parameter names carry their initial distribut
 model in one kernel: `kernel` ~ N(0, 1 / fan_in), `zero` = 0, `bias` = 0, `scale` = 1.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +22,19 @@ _INITIALISERS = {
     "bias": nn.initializers.zeros,
     "scale": nn.initializers.ones,
 }
+
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def lowered_for(platform: str) -> Iterator[None]:
+    """`with lowered_for(...)`: programs are written for another platform than this machine's, to be looked at, not run."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def init(init_fn: Callable, key: jax.Array) -> Any:
@@ -62,7 +77,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array
 
 def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], depth_padding: int) -> jax.Array:
     size = kernel.shape[:-2]
-    if len(size) == 3 and jax.default_backend() == "cpu":
+    if len(size) == 3 and (_PLATFORM.get() or jax.default_backend()) == "cpu":
         return _conv3d_by_taps(x, kernel, strides, depth_padding)
     spatial = "DHW"[-len(size) :]
     return jax.lax.conv_general_dilated(

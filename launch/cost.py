@@ -1,0 +1,260 @@
+"""What a stage costs, before anything is compiled: parameters, FLOPs, bytes a device, communication, time.
+
+Programs are traced with abstract shapes. Their matrix products and convolutions are counted, and arrays are followed from
+where they are made to where they are last used; so neither the devices need be there, nor the memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.extend import core
+
+from launch import layers, loop, mesh
+
+
+class Accelerator(NamedTuple):
+    """Of one device, as its maker publishes it: dense FLOP/s of float32 arrays' products at JAX's default precision (TF32
+    on GPUs, one bfloat16 pass on TPUs), bytes of memory, and bytes/s out of it over all its links to others like it."""
+
+    flops: float
+    memory: float
+    links: float
+
+
+ACCELERATORS = {
+    "A100": Accelerator(156e12, 80e9, 300e9),  # SXM, 80 GB; NVLink 3
+    "H100": Accelerator(494e12, 80e9, 450e9),  # SXM; NVLink 4
+    "TPU v4": Accelerator(275e12, 32e9, 300e9),
+    "TPU v5e": Accelerator(197e12, 16e9, 200e9),
+    "TPU v6e": Accelerator(918e12, 32e9, 400e9),
+}
+
+
+class Cost(NamedTuple):
+    """Of one step. `flops` is of all devices together; what follows is in bytes of one device."""
+
+    devices: int
+    parameters: int  # a number, not bytes
+    flops: float
+    weights: int
+    gradients: int
+    optimiser: int
+    averages: int  # moving averages, and the best parameters where some are selected
+    activations: int  # most bytes alive at once beside all else: an estimate, mostly from above
+    batch: int
+    communication: int  # out of a device
+
+    @property
+    def memory(self) -> int:
+        return sum(self[3:9])
+
+
+def of(
+    task: loop.Task,
+    batch: Any,
+    *,
+    tx: optax.GradientTransformation,
+    ema: tuple[float, ...] = (),
+    select: bool = False,
+    prepare: Callable[[Any, jax.Array], Any] | None = None,
+    devices: int = 1,
+    fsdp: int = 1,
+    spatial: int = 1,
+) -> Cost:
+    """The cost of a step of `loop.fit`.
+
+    Args:
+      batch: tree of `jax.ShapeDtypeStruct`, the global batch, before `prepare`.
+      devices, fsdp, spatial: of the mesh that is planned for, as in `mesh.make`.
+    Raises:
+      ValueError: where the mesh does not fit the devices, or the batch the mesh.
+    """
+    rows = _rows(batch, devices, fsdp, spatial)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: loop.create(key, task=task, tx=tx, ema=ema, select=select), key)
+
+    def forward(params: Any, batch: Any, key: jax.Array) -> Any:
+        return task.loss(params, prepare(batch, key) if prepare else batch, key)
+
+    with layers.lowered_for("accelerator"):
+        step = jax.value_and_grad(forward, has_aux=True)
+        everything = jax.make_jaxpr(step)(state.params, batch, key).jaxpr
+        traced = jax.make_jaxpr(step)(state.params, rows, key).jaxpr
+        once = jax.make_jaxpr(forward)(state.params, rows, key).jaxpr
+    held = lambda tree: sum(_bytes(leaf) // _shards(leaf.shape, fsdp) for leaf in jax.tree.leaves(tree))
+    grads = len(jax.tree.leaves(state.params))
+    return Cost(
+        devices,
+        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
+        flops(everything),
+        held(state.params),
+        held(state.params),
+        held(state.opt_state),
+        held(state.ema) + held(state.best),
+        peak(traced, set(traced.outvars[-grads:])) // spatial,
+        3 * sum(_bytes(leaf) for leaf in jax.tree.leaves(rows)) // spatial,  # one in use, one ready, one coming
+        round(sum(reduction(leaf, devices, fsdp) for leaf in jax.tree.leaves(state.params)))
+        + (2 * borders(once) if spatial > 1 else 0),
+    )
+
+
+def drawing(draw: Callable, weights: Any, batch: Any, *, devices: int = 1, fsdp: int = 1, spatial: int = 1) -> Cost:
+    """The cost of `draw(weights, batch)` without gradients, as in sampling; weights are whole on every device."""
+    rows = _rows(batch, devices, fsdp, spatial)
+    with layers.lowered_for("accelerator"):
+        everything, traced = (jax.make_jaxpr(draw)(weights, items).jaxpr for items in (batch, rows))
+    whole = sum(_bytes(leaf) for leaf in jax.tree.leaves(weights))
+    number = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(weights))
+    borne = peak(traced) // spatial
+    return Cost(devices, number, flops(everything), whole, 0, 0, 0, borne, sum(map(_bytes, jax.tree.leaves(rows))), 0)
+
+
+def _rows(batch: Any, devices: int, fsdp: int, spatial: int) -> Any:
+    """The part of a batch that one group of devices sees."""
+    if devices % (fsdp * spatial):
+        raise ValueError(
+            f"config.mesh.fsdp={fsdp} times config.mesh.spatial={spatial} must divide config.plan.devices={devices}"
+        )
+    size, shares = jax.tree.leaves(batch)[0].shape[0], devices // spatial
+    if size % shares:
+        raise ValueError(f"a batch of {size} must be a multiple of the {shares} devices that split a batch")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size // shares, *x.shape[1:]), x.dtype), batch)
+
+
+def seconds(cost: Cost, accelerator: Accelerator, utilisation: float) -> float:
+    """Predicted seconds a step: the arithmetic at that share of the published peak, or the communication, whichever is
+    longer (they overlap). The share is an assumption, not a measurement."""
+    return max(cost.flops / cost.devices / (accelerator.flops * utilisation), cost.communication / accelerator.links)
+
+
+def table(costs: Mapping[str, Cost], steps: Mapping[str, int], utilisation: float) -> str:
+    """For people: stages as rows, then the time of all steps on each named accelerator and whether they fit."""
+    devices = next(iter(costs.values())).devices
+    head = ("steps", "parameters", "GFLOP/step", *(f"{name}, MiB" for name in Cost._fields[3:10]), "MiB a device")
+    lines = [f"{'':12}" + "".join(f"{name:>20}" for name in head)]
+    for name, c in costs.items():
+        sizes = "".join(f"{part / 2**20:>20,.1f}" for part in (*c[3:10], c.memory))
+        lines.append(f"{name:12}{steps[name]:>20,}{c.parameters:>20,}{c.flops / 1e9:>20,.2f}{sizes}")
+    worst = max(c.memory for c in costs.values())
+    lines.append(f"{devices} device(s), at {100 * utilisation:g} % of the published peak (an assumption):")
+    for name, kind in ACCELERATORS.items():
+        hours = sum(steps[stage] * seconds(c, kind, utilisation) for stage, c in costs.items()) / 3600
+        fits = "fits" if worst <= kind.memory else "DOES NOT FIT"
+        lines.append(f"  {name:8} {hours:>10.3g} h   {fits} in {kind.memory / 1e9:g} GB: {worst / 1e9:.3g} GB of each")
+    return "\n".join(lines)
+
+
+# ---- what a mesh sends
+
+
+def reduction(leaf: Any, devices: int, fsdp: int) -> float:
+    """Bytes that a device sends for one parameter in a step, by ring algorithms.
+
+    Shared by f devices: gathered before the forward and the backward pass, its gradient scattered, 3 (f - 1) / f of it;
+    then the share is summed over the other r = devices / f, 2 (r - 1) / r of a share. Not shared: summed over all.
+    """
+    whole, f = _bytes(leaf), _shards(leaf.shape, fsdp)
+    replicas = devices // f
+    return 3 * (f - 1) / f * whole + 2 * (replicas - 1) / replicas * whole / f
+
+
+def borders(jaxpr: core.Jaxpr) -> int:
+    """Bytes that its convolutions exchange where images are split along their first axis: kernel - 1 planes each."""
+    total = 0
+    for eqn, times in _equations(jaxpr):
+        if eqn.primitive.name == "conv_general_dilated":
+            image, numbers = eqn.invars[0].aval, eqn.params["dimension_numbers"]
+            planes = eqn.invars[1].aval.shape[numbers.rhs_spec[2]] - 1
+            total += times * planes * _bytes(image) // image.shape[numbers.lhs_spec[2]]
+    return total
+
+
+# ---- what a traced program says
+
+
+def flops(jaxpr: core.Jaxpr) -> float:
+    """Multiplications and additions of its matrix products and convolutions, loops counted as often as they run; of
+    branches all are counted, and of a `while` one turn."""
+    return sum(times * _own_flops(eqn) for eqn, times in _equations(jaxpr))
+
+
+def _own_flops(eqn: core.JaxprEqn) -> float:
+    out = float(np.prod(eqn.outvars[0].aval.shape)) if eqn.outvars else 0.0
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * out * float(np.prod([eqn.invars[0].aval.shape[axis] for axis in contracted]))
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        _, inputs, *space = eqn.params["dimension_numbers"].rhs_spec
+        taps = float(np.prod([kernel[axis] for axis in (inputs, *space)]))
+        return 2 * out * taps / float(np.prod(eqn.params["lhs_dilation"]))  # between the rows there are zeros
+    return 0.0
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[tuple[core.JaxprEqn, int]]:
+    """All equations, those of inner programs too, and how often each runs."""
+    for eqn in jaxpr.eqns:
+        yield eqn, 1
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for inner in _inner(eqn):
+            for deep, more in _equations(inner):
+                yield deep, times * more
+
+
+FUSED = ("broadcast_in_dim", "iota")  # made where they are used, never stored
+VIEWS = ("reshape", "squeeze", "expand_dims", "copy")  # share their operand's memory
+
+
+def peak(jaxpr: core.Jaxpr, free: set[Any] = frozenset()) -> int:
+    """Most bytes alive at once among the arrays that a program makes, in the order it is written.
+
+    A compiler fuses and reorders, so it mostly needs less. Inner programs add their own peak while they run.
+
+    Args:
+      free: results that are not counted here.
+    """
+    root: dict[Any, Any] = {}  # of a view: what it is a view of
+    last: dict[Any, int] = {}  # where an array is used last
+    for i, eqn in enumerate(jaxpr.eqns):
+        for var in eqn.invars:
+            if not isinstance(var, core.Literal):
+                last[root.get(var, var)] = i
+        if eqn.primitive.name in VIEWS and not isinstance(eqn.invars[0], core.Literal):
+            root[eqn.outvars[0]] = root.get(eqn.invars[0], eqn.invars[0])
+    for var in jaxpr.outvars:
+        if not isinstance(var, core.Literal):
+            last[root.get(var, var)] = len(jaxpr.eqns)
+    ends: dict[int, list[int]] = {}
+    alive = most = 0
+    for i, eqn in enumerate(jaxpr.eqns):
+        for var in eqn.outvars:
+            if var not in root and var not in free and eqn.primitive.name not in FUSED and var in last:
+                alive += _bytes(var.aval)
+                ends.setdefault(last[var], []).append(_bytes(var.aval))
+        most = max(most, alive + max((peak(sub, set(sub.outvars)) for sub in _inner(eqn)), default=0))
+        alive -= sum(ends.pop(i, []))
+    return most
+
+
+def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """The programs inside an equation: bodies of loops, branches, calls."""
+    found = []
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, core.ClosedJaxpr):
+                found.append(one.jaxpr)
+            elif isinstance(one, core.Jaxpr):
+                found.append(one)
+    return found
+
+
+def _bytes(leaf: Any) -> int:
+    size = int(np.prod(leaf.shape))
+    return size * (leaf.dtype.itemsize if isinstance(leaf.dtype, np.dtype) else 8)  # a key is two 32-bit words
+
+
+def _shards(shape: tuple[int, ...], fsdp: int) -> int:
+    return 1 if mesh.leaf_spec(shape, fsdp) == mesh.REPLICATED else fsdp
