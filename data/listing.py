@@ -75,7 +75,8 @@ def image_files(root: str, ask: Ask, wanted: Callable[[str], bool] | None = None
                 ask.refuse(f"{root}: the name {name!a} is not UTF-8; rename it")
             else:
                 found.append(name)
-    return sorted(found)
+    found.sort()
+    return found
 
 
 def records(path: str, ask: Ask, *needed: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -84,8 +84,8 @@ def read(
     notes = list(manifest.notes)
     if ask.left_out:
         notes.append(f"{path}: {len(ask.left_out)} files or lines are left out; the first: {ask.left_out[0]}")
-    if missing:
-        rows = [row if row.patient else row._replace(patient=row.path) for row in rows]
+    for place, row in enumerate(rows) if missing else ():
+        rows[place] = row if row.patient else row._replace(patient=row.path)
     return Manifest(manifest.root, rows, notes)
 
 
@@ -173,11 +173,10 @@ def _match(rows: list[Row], pattern: str, replace: bool) -> list[Row]:
     except re.error as error:
         raise ValueError(f"data.patient_pattern {pattern!r} is not a regular expression: {error}") from None
 
-    def named(row: Row) -> Row:
-        match = None if row.patient and not replace else search(row.path)
-        return row._replace(patient=sys.intern(match[min(1, match.re.groups)] or "")) if match else row
-
-    return [named(row) for row in rows]
+    for place, row in enumerate(rows):  # where they are: a second list would be as much memory again
+        if match := None if row.patient and not replace else search(row.path):
+            rows[place] = row._replace(patient=sys.intern(match[min(1, match.re.groups)] or ""))
+    return rows
 
 
 def _ask_headers(root: str, rows: list[Row], ask: Ask) -> list[Row]:

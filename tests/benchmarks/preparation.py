@@ -16,13 +16,15 @@ import numpy as np
 
 FEW, MANY = 10_000, 100_000
 LOAD = """
-import json, resource, sys, time
+import json, re, resource, sys, time
 import data
 begin = time.perf_counter()
 sets = data.load(path=sys.argv[1], patient_pattern="p[0-9]+", size=(8, 8), cache=sys.argv[2])
-peaks = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+seconds = time.perf_counter() - begin
 count = sum(len(s.ids) for s in sets.values())
-print(json.dumps({"images": count, "peak": peaks[0], "worker": peaks[1], "seconds": time.perf_counter() - begin}))
+peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024  # ru_maxrss would be the parent's
+worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps({"images": count, "peak": peak, "worker": worker, "seconds": seconds}))
 """
 
 
