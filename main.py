@@ -20,7 +20,7 @@ import data
 import detection
 import ldm
 from data import augment, copies, export
-from launch import checkpoint, log, machine, mesh, stage
+from launch import checkpoint, cost, log, loop, machine, mesh, stage
 from ldm import controls, imagenet
 
 PER_IMAGE = (
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
     trained = [config.train[name] for name in (*ldm.stages(config.generator), "detector")]
     parts = [s.batch // s.get("accumulate", 1) for s in trained]
     machine.start([*parts, config.sample.batch, config.audit.batch, config.quality.batch])
+    if config.dry_run:
+        return dry_run(config)
     with jax.set_mesh(mesh.make(**config.mesh.to_dict())):
         stage.describe(workdir, config.to_dict(), log.provenance())
         codes = [{"train": train, "sample": sample, "audit": audit}[mode](config, workdir) for mode in _MODE.value]
@@ -195,6 +197,37 @@ def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -
             **config.train.detector.to_dict(),
         )
     return model
+
+
+def dry_run(config: ConfigDict) -> int:
+    """Prints what training and sampling cost on the machine that is planned for, for people and then as JSON."""
+    layout = {"devices": config.plan.devices or jax.device_count(), **config.mesh.to_dict()}
+    generator, found = build_generator(config, Path()), {}
+    names = ldm.stages(config.generator)
+    for name in names:
+        settings, augment = config.train[name].to_dict(), augmentation(config.augment[name])
+        s = ldm.stage(generator, name, steps=settings["steps"], optimiser=settings["optimiser"], augment=augment)
+        batch, extra = cost.batch(s.item, settings["batch"]), {"ema": tuple(settings.get("ema", ()))}
+        one = cost.of(s.task, batch, tx=s.tx, prepare=s.prepare, **extra, **layout)
+        found[name] = cost.Stage(one, settings["steps"], stage.key_of(settings_of(config, *made_of(config, name))))
+    settings = config.train.detector.to_dict()
+    model = detection.build((*config.data.size, 1), Path(), **detector_of(config))
+    item = jax.ShapeDtypeStruct(model.image_shape, np.float32)
+    task = detection.task(model, augmentation(config.detector.augment), config.detector.both)
+    tx = loop.optimiser(steps=settings["steps"], **settings["optimiser"])
+    one = cost.of(task, cost.batch(item, settings["batch"]), tx=tx, select=True, **layout)
+    settings_key = stage.key_of(settings_of(config, "detector", "train.detector"))
+    found["detector"] = cost.Stage(one, settings["steps"], settings_key)
+    how = {name: config.sample[name] for name in ("sampler", "steps", "eta")} | {"key": key(config, 3)}
+    draw = lambda weights, numbers: ldm.sampler(generator, weights, **how)(numbers)
+    numbers = jax.ShapeDtypeStruct((config.sample.batch,), np.int32)
+    one = cost.drawing(draw, ldm.weights(generator), numbers, **layout)
+    batches = -(-config.sample.n // config.sample.batch)
+    settings_key = stage.key_of(settings_of(config, *made_of(config, names[-1]), "sample"))
+    found["sampling"] = cost.Stage(one, batches, settings_key)
+    print(cost.table(found, config.plan.utilisation))
+    print(json.dumps(cost.described(found, config.plan.utilisation)))
+    return 0
 
 
 # ---- what of the config a stage is made of

@@ -16,6 +16,16 @@ def get_config(variant: str = "") -> ConfigDict:
     # in a study; None: each --workdir has its own
     config.share = config_dict.placeholder(str)
 
+    # only say what training and sampling cost: parameters, FLOPs, bytes a device, communication, time; nothing is read,
+    # compiled or written
+    config.dry_run = False
+    config.plan = ConfigDict(
+        {
+            "devices": config_dict.placeholder(int),  # of the machine that is planned for; None: as many as here
+            "utilisation": 0.3,  # share of an accelerator's published peak that is reached: an assumption
+        }
+    )
+
     # ---- images on disk -> arrays, split by patient
     config.data = data = ConfigDict()
     # image folder, CSV manifest, file or layout root, 'tfds:NAME'; None: the embedded brain cohort

@@ -1,7 +1,7 @@
 """The audit: copy detector, neighbour search, calibration, controls, verdict, release. Sees arrays; knows no generator."""
 
 from detection.audit import audit
-from detection.detector import Detector, build, embedder, train, untrained
+from detection.detector import Detector, build, embedder, task, train, untrained
 from detection.spaces import by_correlation
 from detection.spaces import chosen as spaces_of
 from detection.verdict import EXIT

@@ -1,15 +1,18 @@
 """Runs a study: one command, which goes on where it was stopped.
 
     python -m launch.ablate --study=size --config=configs/brain.py --workdir=runs/size
-    python -m launch.ablate --study=size --config=configs/brain.py --workdir=runs/size --config.sample.n=256 --dry_run
+    python -m launch.ablate --study=size --config=configs/brain.py --workdir=runs/size --config.plan.devices=8 --dry_run
 
 Every run is main.py in `WORKDIR/runs/NAME`, with its output in `log.txt`; stages that runs have in common are trained once,
 in `WORKDIR/shared`. Runs that are done are skipped, one that fails is tried again and then named. The result is
-`study.csv`, `study.html` and pictures in WORKDIR. Trailing --config.KEY=VALUE override the config of all runs.
+`study.csv`, `study.html` and pictures in WORKDIR. Trailing --config.KEY=VALUE override the config of all runs. --dry_run
+prints every command and what it costs: not what it would in all, since audits are left out of account.
 """
 
 import argparse
+import collections
 import fcntl
+import json
 import os
 import queue
 import shlex
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +31,7 @@ import jax
 from launch import findings, machine, stage, studies
 from launch.log import ROOT
 
+TOLD_TO_STOP = 75  # exit code of one chain: an array job is to be queued again
 PRODUCTS = ("audit/audit.json", "quality.json")  # of a run that is done
 
 
@@ -56,7 +60,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code is 0 if all runs are done or the study was told to stop, 1 if some failed."""
+    """The exit code is 0 if all runs are done or the study was told to stop, 1 if some failed; see also TOLD_TO_STOP."""
     jax.config.update("jax_platforms", "cpu")  # here: the accelerators are for the runs
     flags, extra = parse(argv)
     study, workdir = studies.named(flags.study), flags.workdir.absolute()
@@ -69,10 +73,7 @@ def main(argv: Sequence[str]) -> int:
     asked = chains if flags.only is None else [chains[flags.only]]
     work = Work(workdir, shlex.split(flags.main), flags.config, extra, flags.tries)
     if flags.dry_run:
-        for run in (run for chain in asked for run in chain):
-            if run.after:
-                print(shlex.join(["cp", "-RL", *map(str, work.handover(run))]))
-            print(shlex.join(work.command(run)))
+        work.tell(asked)
         return 0
     levels = {level.name: level.overrides for level in study.levels}
     asked_for = {"study": flags.study, "config": flags.config, "overrides": extra, "levels": levels}
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         work.everything(asked, flags.devices.split(",") if flags.devices else [None])
     if work.stopping.is_set():
         print("study: told to stop; the same command goes on from here", file=sys.stderr)
-        return 0
+        return 0 if flags.only is None else TOLD_TO_STOP
     if flags.only is None:
         print(findings.write(flags.study, study, [run for chain in chains for run in chain], workdir))
     failed = [run.name for chain in asked for run in chain if not work.done(run)]
@@ -109,6 +110,41 @@ class Work:
     def handover(self, run: studies.Run) -> tuple[Path, Path]:
         """The diffusion folder that a run goes on with, and its own."""
         return self.workdir / "runs" / run.after / "diffusion", self.folder(run) / "diffusion"
+
+    def tell(self, chains: list[list[studies.Run]]) -> None:
+        """Prints the commands of all runs, each with its cost, and the cost of all."""
+        runs = [run for chain in chains for run in chain]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # a level costs the same with every seed
+            levels = {run.level.name: run for run in runs}
+            stages = dict(zip(levels, pool.map(self.cost, levels.values()), strict=True))
+        total = collections.Counter[str]()
+        seen: set[tuple[int, str]] = set()
+        for run in runs:
+            if run.after:
+                print(shlex.join(["cp", "-RL", *map(str, self.handover(run))]))
+            print(shlex.join(self.command(run)))
+            mine = collections.Counter[str]()
+            for name, found in stages[run.level.name].items():
+                if (run.seed, found["key"]) in seen:
+                    continue  # trained by another run
+                seen.add((run.seed, found["key"]))
+                before = stages[run.level.after][name]["steps"] if run.level.after and name == "diffusion" else 0
+                share = 1 - before / found["steps"]
+                mine.update({"FLOP": share * found["steps"] * found["flops"]})
+                mine.update({kind: share * seconds for kind, seconds in found["seconds"].items()})
+            total.update(mine)
+            print(f"#   {told(mine)}; {max(found['memory'] for found in stages[run.level.name].values()) / 1e9:.3g} GB")
+        print(f"# all {len(runs)} runs, without their audits: {told(total)}")
+
+    def cost(self, run: studies.Run) -> dict[str, dict]:
+        """What main.py's own dry run says of each stage; asked on this machine, wherever runs are."""
+        here = [sys.executable, str(ROOT / "main.py")]
+        arguments = studies.arguments(run, self.config, self.folder(run), self.workdir / "shared", self.extra)
+        command = [*here, *arguments, "--config.dry_run=True"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{run.name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        return json.loads(done.stdout.splitlines()[-1])
 
     def done(self, run: studies.Run) -> bool:
         return all((self.folder(run) / name).exists() for name in PRODUCTS)
@@ -210,6 +246,11 @@ class Work:
             print(
                 f"[{(time.monotonic() - self._started) / 60:6.1f} min, {done} done] {text}", file=sys.stderr, flush=True
             )
+
+
+def told(cost: Mapping[str, float]) -> str:
+    hours = (f"{kind} {seconds / 3600:.3g} h" for kind, seconds in cost.items() if kind != "FLOP")
+    return ", ".join([f"{cost['FLOP'] / 1e12:.4g} TFLOP", *hours])
 
 
 def last_line(path: Path) -> str:

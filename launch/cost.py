@@ -52,6 +52,19 @@ class Cost(NamedTuple):
         return sum(self[3:9])
 
 
+class Stage(NamedTuple):
+    """A cost, how many such steps there are, and a name for the settings it depends on, by which runs share it."""
+
+    cost: Cost
+    steps: int
+    key: str
+
+
+def batch(item: Any, size: int) -> Any:
+    """`size` items, given the shapes of one (a tree of `jax.ShapeDtypeStruct`)."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), item)
+
+
 def of(
     task: loop.Task,
     batch: Any,
@@ -130,21 +143,38 @@ def seconds(cost: Cost, accelerator: Accelerator, utilisation: float) -> float:
     return max(cost.flops / cost.devices / (accelerator.flops * utilisation), cost.communication / accelerator.links)
 
 
-def table(costs: Mapping[str, Cost], steps: Mapping[str, int], utilisation: float) -> str:
-    """For people: stages as rows, then the time of all steps on each named accelerator and whether they fit."""
-    devices = next(iter(costs.values())).devices
-    head = ("steps", "parameters", "GFLOP/step", *(f"{name}, MiB" for name in Cost._fields[3:10]), "MiB a device")
-    lines = [f"{'':12}" + "".join(f"{name:>20}" for name in head)]
-    for name, c in costs.items():
-        sizes = "".join(f"{part / 2**20:>20,.1f}" for part in (*c[3:10], c.memory))
-        lines.append(f"{name:12}{steps[name]:>20,}{c.parameters:>20,}{c.flops / 1e9:>20,.2f}{sizes}")
-    worst = max(c.memory for c in costs.values())
-    lines.append(f"{devices} device(s), at {100 * utilisation:g} % of the published peak (an assumption):")
+def table(stages: Mapping[str, Stage], utilisation: float) -> str:
+    """For people: what each stage needs, then the time of all steps on each named accelerator and whether they fit."""
+    rows = {"steps": [f"{s.steps:,}" for s in stages.values()]}
+    rows["parameters"] = [f"{s.cost.parameters:,}" for s in stages.values()]
+    rows["GFLOP a step"] = [f"{s.cost.flops / 1e9:,.3f}" for s in stages.values()]
+    for name in (*Cost._fields[3:9], "memory", "communication"):
+        label = {"memory": "MiB a device in all", "communication": "MiB sent a step"}.get(name, f"MiB of {name}")
+        rows[label] = [f"{getattr(s.cost, name) / 2**20:,.2f}" for s in stages.values()]
+    lines = [f"{'':22}" + "".join(f"{name:>14}" for name in stages)]
+    lines += [f"{label:22}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows.items()]
+    worst = max(s.cost.memory for s in stages.values())
+    devices = next(iter(stages.values())).cost.devices
+    lines.append(f"{devices} device(s), if {100 * utilisation:g} % of the published peak is reached:")
     for name, kind in ACCELERATORS.items():
-        hours = sum(steps[stage] * seconds(c, kind, utilisation) for stage, c in costs.items()) / 3600
+        hours = sum(s.steps * seconds(s.cost, kind, utilisation) for s in stages.values()) / 3600
         fits = "fits" if worst <= kind.memory else "DOES NOT FIT"
-        lines.append(f"  {name:8} {hours:>10.3g} h   {fits} in {kind.memory / 1e9:g} GB: {worst / 1e9:.3g} GB of each")
+        lines.append(f"  {name:8}{hours:>12.3g} h; {worst / 1e9:.3g} GB of a device's {kind.memory / 1e9:g}: {fits}")
     return "\n".join(lines)
+
+
+def described(stages: Mapping[str, Stage], utilisation: float) -> dict[str, Any]:
+    """For programs: {stage: its key, steps, cost, and seconds of all steps by accelerator}."""
+    return {
+        name: {
+            "key": s.key,
+            "steps": s.steps,
+            **s.cost._asdict(),
+            "memory": s.cost.memory,
+            "seconds": {name: s.steps * seconds(s.cost, kind, utilisation) for name, kind in ACCELERATORS.items()},
+        }
+        for name, s in stages.items()
+    }
 
 
 # ---- what a mesh sends
@@ -205,10 +235,10 @@ def _equations(jaxpr: core.Jaxpr) -> Iterator[tuple[core.JaxprEqn, int]]:
 
 
 FUSED = ("broadcast_in_dim", "iota")  # made where they are used, never stored
-VIEWS = ("reshape", "squeeze", "expand_dims", "copy")  # share their operand's memory
+VIEWS = ("reshape", "squeeze", "expand_dims", "copy", "transpose")  # share their operand's memory, or are read so
 
 
-def peak(jaxpr: core.Jaxpr, free: set[Any] = frozenset()) -> int:
+def peak(jaxpr: core.Jaxpr, free: frozenset[Any] | set[Any] = frozenset()) -> int:
     """Most bytes alive at once among the arrays that a program makes, in the order it is written.
 
     A compiler fuses and reorders, so it mostly needs less. Inner programs add their own peak while they run.
@@ -227,6 +257,7 @@ def peak(jaxpr: core.Jaxpr, free: set[Any] = frozenset()) -> int:
     for var in jaxpr.outvars:
         if not isinstance(var, core.Literal):
             last[root.get(var, var)] = len(jaxpr.eqns)
+    free = free | {root[var] for var in free if var in root}
     ends: dict[int, list[int]] = {}
     alive = most = 0
     for i, eqn in enumerate(jaxpr.eqns):

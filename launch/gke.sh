@@ -10,15 +10,18 @@
 # is started again; `study` given again goes on, and `python -m launch.ablate ... --collect` writes the result.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${NAME:=facsimile}" "${IMAGE:?set IMAGE to the container}" "${CLAIM:=disk}" "${GPUS:=1}" "${PODS:=8}" "${SLICES:=1}"
+: "${NAME:=facsimile}" "${CLAIM:=disk}" "${GPUS:=1}" "${PODS:=8}" "${SLICES:=1}"
 
 dry=""
 if [ "${1:-}" = --dry_run ]; then dry=1 && shift; fi
-what=${1:-} && shift
+[ $# -gt 0 ] || { sed -n '2,12s/^# \{0,1\}//p' launch/gke.sh >&2 && exit 2; }
+what=$1 && shift
 case $what in
   study)
+    : "${IMAGE:?set IMAGE to the container}"
     runs=$("${PYTHON:-python}" -m launch.ablate "$@" --count)
     flags=$(printf '%q ' "$@")
+    flags=${flags//\'/\'\'} # as single-quoted YAML has it
     manifest=$(sed -e "s|NAME|$NAME|; s|IMAGE|$IMAGE|; s|CLAIM|$CLAIM|; s|GPUS|$GPUS|; s|PODS|$PODS|; s|RUNS|$runs|" launch/gke.yaml)
     manifest=${manifest/FLAGS/"$flags"}
     if [ "$dry" ]; then
@@ -29,7 +32,7 @@ case $what in
     ;;
   run)
     command=(xpk workload create --workload="$NAME" --cluster="${CLUSTER:?set CLUSTER}" --tpu-type="${TPU:?set TPU}"
-      --num-slices="$SLICES" --docker-image="$IMAGE" --max-restarts=50 ${STORAGE:+--storage="$STORAGE"}
+      --num-slices="$SLICES" --docker-image="${IMAGE:?set IMAGE to the container}" --max-restarts=50 ${STORAGE:+--storage="$STORAGE"}
       --command="cd /facsimile && FACSIMILE_METADATA=http://metadata.google.internal python main.py $(printf '%q ' "$@")")
     printf '%q ' "${command[@]}" && echo
     [ "$dry" ] || "${command[@]}"

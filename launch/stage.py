@@ -57,6 +57,11 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
     checkpoint.write_json(path, settings)
 
 
+def key_of(settings: dict[str, Any]) -> str:
+    """A name for these (flat) settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @contextlib.contextmanager
 def shared(folder: Path, settings: dict[str, Any], store: Path | None) -> Iterator[None]:
     """`with shared(...)`: claim `folder` and do the stage, while no other process does the same one.
@@ -69,8 +74,7 @@ def shared(folder: Path, settings: dict[str, Any], store: Path | None) -> Iterat
     if store is None:
         yield
         return
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    name = f"{folder.name}-{key}"
+    name = f"{folder.name}-{key_of(settings)}"
     lead = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if lead:

@@ -2,6 +2,7 @@
 
 from ldm.generator import Generator, Weights, build, latents, load, optimal, renoised, round_trip, sampler, stages
 from ldm.levels import loss_levels
+from ldm.plan import stage, weights
 from ldm.quality import evaluate, read_features
 from ldm.similarity import ssim
 from ldm.training import train
