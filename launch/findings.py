@@ -62,7 +62,9 @@ def write(name: str, study: studies.Study, runs: Sequence[studies.Run], workdir:
     if not rows:
         return "no run is done yet"
     levels, tests = summary(study, rows), tested(study, rows)
-    text = [*said(study, rows, levels, tests), *([law(rows)] if any(level.n for level in study.levels) else [])]
+    text = said(study, rows, levels, tests)
+    if any(level.n for level in study.levels):
+        text += [*by_size(rows), law(rows)]
     missing = [run.name for run in runs if run.name not in {row["run"] for row in rows}]
     pictures = curves.draw(workdir, study, rows, levels)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -187,6 +189,29 @@ def said(study: studies.Study, rows: Sequence, levels: Sequence[Mapping], tests:
         same = study.paper == direction
         text.append(
             f"Dar et al. report that it {study.paper}: {'reproduced' if same else 'the opposite was found'} here."
+        )
+    return text
+
+
+def by_size(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a study of several numbers of training images says of them after the same number of steps: a sentence for each
+    number of steps at which all were audited."""
+    found: dict[int, dict[int, dict[int, float]]] = {}  # steps -> seed -> training images -> copy rate
+    sizes = sorted({row["group"] for row in rows})
+    for row in rows:
+        by_seed = found.setdefault(round(row["x"] * row["group"]), {})
+        by_seed.setdefault(row["seed"], {})[row["group"]] = row[DECIDING]
+    text = []
+    for steps, by_seed in sorted(found.items()):
+        values_BxL = np.array([[rates[n] for n in sizes] for rates in by_seed.values() if len(rates) == len(sizes)])
+        if not values_BxL.size or len(sizes) < 2:
+            continue
+        t, p, _ = ranks.trend(values_BxL)
+        trend = "no trend is shown" if p > SIGNIFICANT else "it rises" if t > 0 else "it falls"
+        rates = ", ".join(f"{n}: {100 * mean:.1f} %" for n, mean in zip(sizes, values_BxL.mean(0), strict=True))
+        text.append(
+            f"After the same {steps} steps, by the number of training images, {rates} of the samples are copies; {trend} "
+            f"(exact permutation test of Page's L over {len(values_BxL)} seeds: p = {p:.2g})."
         )
     return text
 

@@ -81,6 +81,10 @@ def test_the_law_finds_the_exponent(tmp_path):
         for x, rate in rates.items()
     ]
     assert "to the power 1.00 [1.00, 1.00] over 3 seeds, n from 16 to 128" in findings.law(made)
+    made = [{**row, "copies": row["copies"] / row["group"]} for row in made if row["group"] < 64]
+    first, said = findings.by_size(made)
+    assert first.startswith("After the same 64 steps") and said.startswith("After the same 128 steps")
+    assert "16: 4.7 %, 32: 0.8 % of" in said and "it falls" in said
 
 
 def test_failures_are_retried_then_named(tmp_path, capsys):
@@ -119,12 +123,25 @@ def test_mistakes_are_one_line(tmp_path, more, told):
         ablate.main([*flags("width", tmp_path), *more])
 
 
-def test_dry_run_prints_every_command(tmp_path, capsys):
+def test_dry_run_prints_every_command_and_its_cost(tmp_path, capsys, monkeypatch):
+    def cost(work, run):
+        steps = run.level.overrides["train.diffusion.steps"]
+        one = {"flops": 1e12, "seconds": {"A100": 3600.0 * steps}, "memory": 2e9}
+        return {
+            "detector": {**one, "steps": 1, "seconds": {"A100": 3600.0}, "key": "same"},
+            "diffusion": {**one, "steps": steps, "key": f"{steps}"},
+        }
+
+    monkeypatch.setattr(ablate.Work, "cost", cost)
     assert ablate.main([*flags("steps", tmp_path / "none", "--seeds=1", "--config.sample.n=9", "--dry_run")]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().out.splitlines()
+    lines = [line for line in told if not line.startswith("#")]
     assert len(lines) == 9 and not (tmp_path / "none").exists()
     assert lines[1].startswith("cp -RL ") and lines[1].endswith("01-200-seed0/diffusion")
     assert lines[2].endswith("--config.sample.n=9") and "--config.train.diffusion.steps=200" in lines[2]
+    # the detector is trained once; of 200 steps the first 100 are the run before's
+    assert told[1] == "#   101 TFLOP, A100 101 h; 2 GB" and told[4] == "#   100 TFLOP, A100 100 h; 2 GB"
+    assert told[-1] == "# all 5 runs, without their audits: 1601 TFLOP, A100 1.6e+03 h"
     ablate.main([*flags("law", tmp_path / "none", "--count")])
     assert capsys.readouterr().out == "12\n"
 
