@@ -199,6 +199,7 @@ def fit(
             return state
         several = jax.process_count() > 1
 
+        @functools.wraps(train_step)
         def one_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
             return train_step(state, batch, task=task, tx=tx, key=key, accumulate=accumulate)
 

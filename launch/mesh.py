@@ -64,7 +64,7 @@ def size() -> int:
 
 def shares() -> int:
     """Into how many parts the current mesh splits a batch."""
-    mesh = jax.sharding.get_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     return mesh.size // mesh.shape["spatial"]
 
 
