@@ -30,6 +30,7 @@ class Encoder(nn.Module):
     outputs: int
     blocks: int
     attention: bool
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -39,8 +40,8 @@ class Encoder(nn.Module):
             if level:
                 h = Conv(width, strides=self.strides[level - 1], dtype=self.dtype)(h)
             for _ in range(self.blocks):
-                h = ResBlock(width, dtype=self.dtype)(h)
-        h = _middle(h, self.attention, self.dtype)
+                h = recomputed(ResBlock, self.remat)(width, dtype=self.dtype)(h)
+        h = _middle(h, self.attention, self.remat, self.dtype)
         return Conv(self.outputs, dtype=self.dtype)(nn.silu(GroupNorm()(h))).astype(jnp.float32)
 
 
@@ -53,6 +54,7 @@ class Decoder(nn.Module):
     channels: int
     blocks: int
     attention: bool
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -62,22 +64,20 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        h = _middle(Conv(self.widths[-1], dtype=self.dtype)(z), self.attention, self.dtype)
+        h = _middle(Conv(self.widths[-1], dtype=self.dtype)(z), self.attention, self.remat, self.dtype)
         for level in reversed(range(len(self.widths))):
             for _ in range(self.blocks):
-                h = ResBlock(self.widths[level], dtype=self.dtype)(h)
+                h = recomputed(ResBlock, self.remat)(self.widths[level], dtype=self.dtype)(h)
             if level:
                 h = Conv(self.widths[level - 1], dtype=self.dtype)(upsample(h, self.strides[level - 1]))
         cells = self.channels * math.prod(self.patch)
         return unfold(Conv(cells, dtype=self.dtype)(nn.silu(GroupNorm()(h))), self.patch).astype(jnp.float32)
 
 
-def _middle(h: jax.Array, attention: bool, dtype: Any) -> jax.Array:
-    width = h.shape[-1]
-    h = ResBlock(width, dtype=dtype)(h)
-    if attention:
-        h = ResBlock(width, dtype=dtype)(Attention(dtype=dtype)(h))
-    return h
+def _middle(h: jax.Array, attention: bool, remat: bool, dtype: Any) -> jax.Array:
+    block, attend = (recomputed(kind, remat) for kind in (ResBlock, Attention))
+    h = block(h.shape[-1], dtype=dtype)(h)
+    return block(h.shape[-1], dtype=dtype)(attend(dtype=dtype)(h)) if attention else h
 
 
 class Autoencoder(NamedTuple):
@@ -88,7 +88,6 @@ class Autoencoder(NamedTuple):
     image_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     codes: int
-    remat: bool
 
     def init(self, key: jax.Array) -> Any:
         encoder_key, decoder_key = jax.random.split(key)
@@ -99,7 +98,7 @@ class Autoencoder(NamedTuple):
         return params | {"codebook": vq.init(self.codes, self.latent_shape[-1])} if self.codes else params
 
     def encode(self, params: Any, x: jax.Array) -> Posterior:
-        h = self._apply(self.encoder, params["encoder"], x)
+        h = self.encoder.apply(params["encoder"], x)
         if self.codes:
             return Posterior(h, jnp.full_like(h, -jnp.inf))
         mu, logvar = jnp.split(h, 2, axis=-1)
@@ -109,14 +108,7 @@ class Autoencoder(NamedTuple):
         """Images of latents `z`, which a VQ autoencoder first replaces by their nearest codes."""
         if self.codes:
             z = vq.lookup(params["codebook"], z).z_q
-        return self.paint(params["decoder"], z)
-
-    def paint(self, decoder: Any, z: jax.Array) -> jax.Array:
-        """The decoder's network alone."""
-        return self._apply(self.decoder, decoder, z)
-
-    def _apply(self, module: nn.Module, params: Any, x: jax.Array) -> jax.Array:
-        return (recomputed(module.apply) if self.remat else module.apply)(params, x)
+        return self.decoder.apply(params["decoder"], z)
 
 
 def build(
@@ -148,10 +140,10 @@ def build(
     *size, channels = image_shape
     strides, patch, latent_size = levels_of(section, tuple(size), widths, strides, patch)
     shared = {"widths": tuple(widths), "strides": strides, "patch": patch}
-    shared |= {"blocks": blocks, "attention": attention, "dtype": dtype}
+    shared |= {"blocks": blocks, "attention": attention, "remat": remat, "dtype": dtype}
     encoder = Encoder(**shared, outputs=latent if codes else 2 * latent)
     decoder = Decoder(**shared, channels=channels)
-    return Autoencoder(encoder, decoder, tuple(image_shape), (*latent_size, latent), codes, remat)
+    return Autoencoder(encoder, decoder, tuple(image_shape), (*latent_size, latent), codes)
 
 
 def kl(q: Posterior) -> jax.Array:

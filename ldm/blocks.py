@@ -1,17 +1,14 @@
 """Blocks of the networks: residual block, self-attention, down- and up-sampling. Any rank, channel last."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from launch.layers import Conv, Dense, GroupNorm
-
-BLOCK = "block"  # what a block's output is called for `recomputed`
 
 
 class ResBlock(nn.Module):
@@ -33,7 +30,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, zero=True, dtype=self.dtype)(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype)(x)
-        return checkpoint_name(x + h, BLOCK)
+        return x + h
 
 
 class Attention(nn.Module):
@@ -50,12 +47,17 @@ class Attention(nn.Module):
         qkv = Dense(3 * channels, dtype=self.dtype)(GroupNorm()(x))
         q, k, v = (a.reshape(batch, -1, self.heads, channels // self.heads) for a in jnp.split(qkv, 3, axis=-1))
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        return checkpoint_name(x + Dense(channels, zero=True, dtype=self.dtype)(h), BLOCK)
+        return x + Dense(channels, zero=True, dtype=self.dtype)(h)
 
 
-def recomputed(apply: Callable) -> Callable:
-    """`apply`, which for the backward pass keeps the blocks' outputs only and computes the rest again (Chen et al. 2016)."""
-    return jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(BLOCK))
+def recomputed(block: type[nn.Module], remat: bool) -> type[nn.Module]:
+    """`block`; where `remat`, one of the same parameters that keeps its inputs for the backward pass and computes the rest
+    again (Chen et al. 2016)."""
+    if not remat:
+        return block
+    lean = nn.remat(block, static_argnums=(3,) if block is ResBlock else ())  # `train` is no array
+    lean.__name__ = block.__name__  # parameters are named after it
+    return lean
 
 
 def pool(x: jax.Array, factors: Sequence[int]) -> jax.Array:

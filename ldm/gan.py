@@ -6,18 +6,16 @@ simultaneous, so that one backward pass and the one training loop serve both.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
 
 from launch import loop
 from launch.layers import Conv, Dense
-from ldm.blocks import BLOCK, fold, levels_of, pool, recomputed, unfold, upsample
+from ldm.blocks import fold, levels_of, pool, recomputed, unfold, upsample
 
 SLOPE = 0.2  # of the leaky rectifiers
 
@@ -32,7 +30,7 @@ class Block(nn.Module):
         h = x
         for zero in (False, True):
             h = Conv(x.shape[-1], zero=zero, dtype=self.dtype)(nn.leaky_relu(h, SLOPE))
-        return checkpoint_name(x + h, BLOCK)
+        return x + h
 
 
 class Generator(nn.Module):
@@ -44,6 +42,7 @@ class Generator(nn.Module):
     base: tuple[int, ...]
     channels: int
     blocks: int
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -52,7 +51,7 @@ class Generator(nn.Module):
         h = h.reshape(z.shape[0], *self.base, self.widths[-1])
         for level in reversed(range(len(self.widths))):
             for _ in range(self.blocks):
-                h = Block(self.dtype)(h)
+                h = recomputed(Block, self.remat)(self.dtype)(h)
             if level:
                 h = Conv(self.widths[level - 1], kernel=1, dtype=self.dtype)(h)
                 h = upsample(h, self.strides[level - 1])
@@ -67,6 +66,7 @@ class Discriminator(nn.Module):
     strides: tuple[tuple[int, ...], ...]
     patch: tuple[int, ...]
     blocks: int
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -74,7 +74,7 @@ class Discriminator(nn.Module):
         h = Conv(self.widths[0], dtype=self.dtype)(fold(x, self.patch))
         for level in range(len(self.widths)):
             for _ in range(self.blocks):
-                h = Block(self.dtype)(h)
+                h = recomputed(Block, self.remat)(self.dtype)(h)
             if level + 1 < len(self.widths):
                 h = Conv(self.widths[level + 1], kernel=1, dtype=self.dtype)(pool(h, self.strides[level]))
         h = nn.leaky_relu(h, SLOPE).reshape(x.shape[0], -1)
@@ -89,7 +89,6 @@ class Gan(NamedTuple):
     image_shape: tuple[int, ...]
     latent: int
     gamma: float
-    remat: bool
 
     def init(self, key: jax.Array) -> Any:
         return {
@@ -100,14 +99,11 @@ class Gan(NamedTuple):
     def draw(self, generator: Any, keys_B: jax.Array) -> jax.Array:
         """Images of these parameters of the generator, one for each key."""
         z = jax.vmap(lambda key: jax.random.normal(key, (self.latent,)))(keys_B)
-        return self._apply(self.generator)(generator, z)
+        return self.generator.apply(generator, z)
 
     def judge(self, discriminator: Any, x: jax.Array) -> jax.Array:
         """Scores (B,) of images."""
-        return self._apply(self.discriminator)(discriminator, x)
-
-    def _apply(self, module: nn.Module) -> Callable:
-        return recomputed(module.apply) if self.remat else module.apply
+        return self.discriminator.apply(discriminator, x)
 
 
 def build(
@@ -135,9 +131,10 @@ def build(
     """
     *size, channels = image_shape
     strides, patch, base = levels_of("gan", tuple(size), widths, strides, patch)
-    levels = {"widths": tuple(widths), "strides": strides, "patch": patch, "blocks": blocks, "dtype": dtype}
+    levels = {"widths": tuple(widths), "strides": strides, "patch": patch, "blocks": blocks}
+    levels |= {"remat": remat, "dtype": dtype}
     networks = Generator(**levels, base=base, channels=channels), Discriminator(**levels)
-    return Gan(*networks, tuple(image_shape), latent, gamma, remat)
+    return Gan(*networks, tuple(image_shape), latent, gamma)
 
 
 def task(gan: Gan) -> loop.Task:

@@ -11,7 +11,6 @@ import numpy as np
 
 from launch import checkpoint
 from ldm import autoencoder, controls, diffusion, gan, reconstruction, samplers, unet
-from ldm.blocks import recomputed
 
 # stages of training, in order; each is a folder of the workdir, the last one what is sampled from
 STAGES = {"ldm": ("autoencoder", "diffusion"), "vae": ("vae",), "gan": ("gan",)}
@@ -95,7 +94,7 @@ def build(
         if model.codes:
             raise ValueError("config.vae.codes must be 0: a codebook has no prior to sample from")
         return generator
-    net_ = unet.UNet(**net, dtype=compute)
+    net_ = unet.UNet(**net, remat=remat, dtype=compute)
 
     def apply(params: Any, z_t: jax.Array, t: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return net_.apply(params, z_t, t, train=key is not None, rngs={} if key is None else {"dropout": key})
@@ -104,7 +103,7 @@ def build(
         return net_.init(key, jnp.zeros((1, *model.latent_shape)), jnp.zeros(1))
 
     schedule = diffusion.schedule(process["schedule"], process["steps"], process["beta"])
-    denoiser = diffusion.denoiser(recomputed(apply) if remat else apply, schedule, process["predict"])
+    denoiser = diffusion.denoiser(apply, schedule, process["predict"])
     return generator._replace(denoiser=denoiser, init_unet=init, min_snr=process["min_snr"])
 
 

@@ -93,7 +93,7 @@ def task(model: autoencoder.Autoencoder, aims: Aims, *, adversarial: bool) -> Ta
         judge = lambda image: discriminator.apply(params["discriminator"], image)
         fixed = jax.lax.stop_gradient
         rest, last = params["decoder"]["params"], model.decoder.last
-        _, to_last = jax.vjp(lambda w: model.paint({"params": {**rest, last: w}}, fixed(z)), rest[last])
+        _, to_last = jax.vjp(lambda w: model.decoder.apply({"params": {**rest, last: w}}, fixed(z)), rest[last])
         g_rec = jax.grad(lambda image: compare(image, x)[0])(x_hat)
         fooled, g_adv = jax.value_and_grad(lambda image: -judge(image).mean())(x_hat)
         weight = aims.adversarial * adversary.balance(lambda g: to_last(g)[0], g_rec, g_adv)
@@ -104,7 +104,7 @@ def task(model: autoencoder.Autoencoder, aims: Aims, *, adversarial: bool) -> Ta
 
     def loss(params: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         z, latent_loss, metrics = latents(params, x, key)
-        x_hat = model.paint(params["decoder"], z)
+        x_hat = model.decoder.apply(params["decoder"], z)
         error, compared = compare(x_hat, x)
         if aims.calibrated and not model.codes:
             latent_loss = latent_loss * jax.lax.stop_gradient(compared[aims.error])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from launch.layers import Conv, Dense, GroupNorm
-from ldm.blocks import Attention, ResBlock, upsample
+from ldm.blocks import Attention, ResBlock, recomputed, upsample
 
 
 def time_embedding(t: jax.Array, width: int, longest: float = 10_000.0) -> jax.Array:
@@ -24,6 +24,7 @@ class UNet(nn.Module):
       width, mults: channels of level i are `width * mults[i]`; each level halves every axis that is even.
       blocks: residual blocks per level on the way down (one more on the way up).
       attention: per level, whether each block is followed by self-attention; the middle always has it.
+      remat: compute activations again for the backward pass (`blocks.recomputed`).
     """
 
     width: int
@@ -32,13 +33,16 @@ class UNet(nn.Module):
     attention: tuple[bool, ...]
     heads: int = 4
     dropout: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, z: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
+        residual, attention = (recomputed(kind, self.remat) for kind in (ResBlock, Attention))
+
         def block(h: jax.Array, features: int, attend: bool) -> jax.Array:
-            h = ResBlock(features, dropout=self.dropout, dtype=self.dtype)(h, emb, train)
-            return Attention(self.heads, dtype=self.dtype)(h) if attend else h
+            h = residual(features, dropout=self.dropout, dtype=self.dtype)(h, emb, train)
+            return attention(self.heads, dtype=self.dtype)(h) if attend else h
 
         emb = Dense(4 * self.width, dtype=self.dtype)(time_embedding(1000.0 * t, self.width))
         emb = Dense(4 * self.width, dtype=self.dtype)(nn.silu(emb))

@@ -24,7 +24,7 @@ class Linear(layers.nn.Module):
 
 
 def linear(gamma):
-    return gan.Gan(Linear(6), Linear(), (3, 2, 1), latent=4, gamma=gamma, remat=False)
+    return gan.Gan(Linear(6), Linear(), (3, 2, 1), latent=4, gamma=gamma)
 
 
 def test_losses_and_gradients_are_their_closed_forms():

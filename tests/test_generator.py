@@ -199,16 +199,17 @@ def test_bf16_computes_nearly_the_same_and_keeps_fp32_parameters(tmp_path, kind)
 @pytest.mark.parametrize("kind", ["ldm", "vae", "gan"])
 def test_recomputing_activations_changes_nothing_but_memory(tmp_path, kind):
     x = jnp.asarray(IMAGES[:8]) if kind != "ldm" else jax.random.normal(jax.random.key(3), (8, 4, 4, 4))
-    found, memory = [], []
+    found, kept = [], []
     for remat in (False, True):
         task = tasks(build(kind, tmp_path, remat=remat))
         params = layers.init(task.init, jax.random.key(0))
-        step = jax.jit(jax.value_and_grad(lambda p, t=task: t.loss(p, x, jax.random.key(2))[0])).lower(params).compile()
-        found.append(step(params))
-        memory.append(step.memory_analysis().temp_size_in_bytes)
+        loss = lambda p, t=task: t.loss(p, x, jax.random.key(2))[0]
+        found.append(jax.jit(jax.value_and_grad(loss))(params))
+        residuals = jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params))
+        kept.append(sum(leaf.size for leaf in residuals) - sum(leaf.size for leaf in jax.tree.leaves(params)))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    assert memory[1] < memory[0]
+    assert kept[1] < 0.8 * kept[0], "arrays kept for the backward pass; XLA on a CPU takes no notice"
 
 
 # ---- through the entrypoint
