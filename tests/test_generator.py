@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ldm
@@ -93,14 +94,15 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, players):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("players", PLAYERS)
-def test_any_number_of_devices_agrees(tmp_path, mesh_of, players):
+def test_any_number_of_devices_agrees(tmp_path, mesh_of, monkeypatch, players):
+    """By gradient descent: Adam makes a whole step of rounding where the true gradient is zero, as of a bias before a norm."""
+    monkeypatch.setattr(loop, "optimiser", lambda **_: optax.sgd(0.05))
     kind, name, first = PLAYERS[players]
     with jax.set_mesh(mesh_of(1, 1)):
         one = train(build(kind, tmp_path / "one", first), name)
     with jax.set_mesh(mesh_of(8, 2)):
         many = train(build(kind, tmp_path / "many", first), name)
-    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)
+    assert_same(one.params, many.params, exact=False)
 
 
 @pytest.mark.slow
