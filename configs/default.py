@@ -272,12 +272,14 @@ def small(config: ConfigDict) -> None:
     """For studies of many runs on two cores: 32x32, seconds a stage; the null is by many unseen patients."""
     config.data.size = (32, 32)
     config.data.cohort.subjects = {"train": 32, "select": 16, "val": 240, "control": 60}
-    config.autoencoder.update(widths=(16, 32, 32), strides=(2, 2), latent=16)
-    config.unet.update(width=32, mults=(1,), attention=(False,))
+    config.autoencoder.update(widths=(16, 32), strides=(2,), latent=4)
+    config.unet.update(width=16, attention=(False, False))
     config.detector.update(widths=(16, 32), dim=32)
     config.train.autoencoder.update(steps=300, eval_every=300, save_every=300)
-    config.train.diffusion.update(steps=512, eval_every=100_000, save_every=100_000)
+    config.train.diffusion.update(steps=1024, eval_every=100_000, save_every=100_000)
     config.train.detector.update(steps=160, batch=16, eval_every=40, save_every=160)  # no image twice in a batch
+    for stage in (config.train.autoencoder, config.train.diffusion):
+        stage.optimiser.rate = 2e-3
     config.train.guard = "off"
     config.sample.update(n=64, steps=25)
     config.audit.update(planted=16, pairs=4, fdr=0.1)

@@ -50,9 +50,10 @@ def test_shellcheck_has_no_complaint():
 def test_a_tpu_slice_from_its_creation_to_its_end(tools, tmp_path):
     code, out, error = script("tpu_pod.sh", "--dry_run", "all", *RUN, tools=tools, NAME="n", SPOT="1", NFS="s:/d")
     assert code == 0, error
-    commands = [shlex.split(line) for line in out.replace("$'", "'").splitlines() if line.startswith(("gcloud", "git"))]
-    assert [c[4] for c in commands if c[0] == "gcloud"] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
-    assert all("n" in c or any(part.startswith("n:") for part in c) for c in commands if c[0] == "gcloud")
+    lines = subprocess.run(["bash"], input=f"gcloud() {{ printf '%s\\0' gcloud \"$@\" END; }}\n{out}", capture_output=True)
+    commands = [c.strip("\0").split("\0") for c in lines.stdout.decode().split("END\0")[:-1]]
+    assert [c[4] for c in commands] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
+    assert all(any(part == "n" or part.startswith("n:") for part in c) for c in commands)
     assert "--spot" in commands[0] and "mount -t nfs s:/d /disk" in out
     run = next(c for c in commands if "main.py" in c[-1])
     assert "--worker=all" in run and shlex.split(run[-1])[-3:] == RUN  # as the hosts' shell reads it
@@ -80,16 +81,18 @@ def test_a_study_on_kubernetes(tools, tmp_path):
     assert not (tmp_path / "called").exists()
 
 
-@pytest.mark.slow
 def test_a_study_on_slurm(tools, tmp_path):
-    code, out, error = script("slurm.sh", "--dry_run", *STUDY, "--", "--gres=gpu:1", tools=tools)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *--count) echo 6;; *) printf "%s\\n" "$@";; esac\n')
+    python.chmod(0o755)
+    code, out, error = script("slurm.sh", "--dry_run", *STUDY, "--", "--gres=gpu:1", tools=tools, PYTHON=str(python))
     assert code == 0, error
     lines = out.splitlines()
     array, result = (shlex.split(line) for line in lines[:2])
     assert array[0] == result[0] == "sbatch" and "--array=0-5" in array and "--gres=gpu:1" in array
     assert array[-len(STUDY) - 1 :] == ["--task", *STUDY] and "--dependency=afterany:ARRAY" in result
-    assert len([line for line in lines if "main.py" in line]) == 6
-    assert lines[-1].startswith("# all 6 runs, without their audits:") and "H100" in lines[-1]
+    assert shlex.split(result[-1].removeprefix("--wrap=")) == [str(python), "-m", "launch.ablate", *STUDY, "--collect"]
+    assert lines[3:] == ["-m", "launch.ablate", *STUDY, "--dry_run"]  # which prints every task's command and cost
     assert not (tmp_path / "called").exists()
 
 
