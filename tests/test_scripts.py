@@ -50,8 +50,10 @@ def test_shellcheck_has_no_complaint():
 def test_a_tpu_slice_from_its_creation_to_its_end(tools, tmp_path):
     code, out, error = script("tpu_pod.sh", "--dry_run", "all", *RUN, tools=tools, NAME="n", SPOT="1", NFS="s:/d")
     assert code == 0, error
-    lines = subprocess.run(["bash"], input=f"gcloud() {{ printf '%s\\0' gcloud \"$@\" END; }}\n{out}", capture_output=True)
-    commands = [c.strip("\0").split("\0") for c in lines.stdout.decode().split("END\0")[:-1]]
+    lines = subprocess.run(
+        ["bash"], input=f"gcloud() {{ printf '%s\\0' gcloud \"$@\" END; }}\n{out}", capture_output=True, text=True
+    )
+    commands = [c.strip("\0").split("\0") for c in lines.stdout.split("END\0")[:-1]]
     assert [c[4] for c in commands] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
     assert all(any(part == "n" or part.startswith("n:") for part in c) for c in commands)
     assert "--spot" in commands[0] and "mount -t nfs s:/d /disk" in out
