@@ -316,7 +316,7 @@ def volumes(config: ConfigDict) -> None:
     config.detector.update(widths=(32, 64), blocks=(1, 1), fold=2)
     config.train.autoencoder.update(steps=1000, batch=4)
     config.train.autoencoder.optimiser.rate = 2e-3
-    config.train.diffusion.update(steps=1500, batch=16)
+    config.train.diffusion.update(steps=1000, batch=8)
     config.train.detector.update(steps=150, batch=16)
     config.sample.update(n=64, batch=16)
     config.audit.update(batch=16, planted=16)
