@@ -18,7 +18,6 @@ from configs import mri
 from data import files, geometry, splits
 from detection import detector
 from launch import stage
-from ldm import autoencoder
 from tests.conftest import ROOT
 
 FILES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
@@ -74,7 +73,7 @@ def test_networks_fit_the_images(name, variant, tmp_path):
     x, z = jnp.zeros((2, *shape)), jnp.zeros((2, *coder.latent_shape))
 
     def through(x, z):
-        params = autoencoder.task(coder, kl_weight=1.0).init(key)
+        params = coder.init(key)
         q = coder.encode(params, x)
         denoised = generator.denoiser.apply(generator.init_unet(key), z, jnp.zeros(2))
         return q.mu, coder.decode(params, q.mu), denoised
