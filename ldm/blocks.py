@@ -50,12 +50,12 @@ class Attention(nn.Module):
         return x + Dense(channels, zero=True, dtype=self.dtype)(h)
 
 
-def recomputed(block: type[nn.Module], remat: bool) -> type[nn.Module]:
+def recomputed(block: type[nn.Module], remat: bool, static: tuple[int, ...] = ()) -> type[nn.Module]:
     """`block`; where `remat`, one of the same parameters that keeps its inputs for the backward pass and computes the rest
-    again (Chen et al. 2016)."""
+    again (Chen et al. 2016). `static` are the numbers of arguments that are no arrays, `self` being 0."""
     if not remat:
         return block
-    lean = nn.remat(block, static_argnums=(3,) if block is ResBlock else ())  # `train` is no array
+    lean = nn.remat(block, static_argnums=static)
     lean.__name__ = block.__name__  # parameters are named after it
     return lean
 

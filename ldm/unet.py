@@ -38,7 +38,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
-        residual, attention = (recomputed(kind, self.remat) for kind in (ResBlock, Attention))
+        residual, attention = recomputed(ResBlock, self.remat, static=(3,)), recomputed(Attention, self.remat)
 
         def block(h: jax.Array, features: int, attend: bool) -> jax.Array:
             h = residual(features, dropout=self.dropout, dtype=self.dtype)(h, emb, train)
