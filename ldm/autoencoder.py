@@ -40,7 +40,7 @@ class Encoder(nn.Module):
             if level:
                 h = Conv(width, strides=self.strides[level - 1], dtype=self.dtype)(h)
             for _ in range(self.blocks):
-                h = recomputed(ResBlock, self.remat)(width, dtype=self.dtype)(h, None, False)
+                h = recomputed(ResBlock, self.remat)(width, dtype=self.dtype)(h)
         h = _middle(h, self.attention, self.remat, self.dtype)
         return Conv(self.outputs, dtype=self.dtype)(nn.silu(GroupNorm()(h))).astype(jnp.float32)
 
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         h = _middle(Conv(self.widths[-1], dtype=self.dtype)(z), self.attention, self.remat, self.dtype)
         for level in reversed(range(len(self.widths))):
             for _ in range(self.blocks):
-                h = recomputed(ResBlock, self.remat)(self.widths[level], dtype=self.dtype)(h, None, False)
+                h = recomputed(ResBlock, self.remat)(self.widths[level], dtype=self.dtype)(h)
             if level:
                 h = Conv(self.widths[level - 1], dtype=self.dtype)(upsample(h, self.strides[level - 1]))
         cells = self.channels * math.prod(self.patch)
@@ -76,8 +76,8 @@ class Decoder(nn.Module):
 
 def _middle(h: jax.Array, attention: bool, remat: bool, dtype: Any) -> jax.Array:
     block, attend = (recomputed(kind, remat) for kind in (ResBlock, Attention))
-    h = block(h.shape[-1], dtype=dtype)(h, None, False)
-    return block(h.shape[-1], dtype=dtype)(attend(dtype=dtype)(h), None, False) if attention else h
+    h = block(h.shape[-1], dtype=dtype)(h)
+    return block(h.shape[-1], dtype=dtype)(attend(dtype=dtype)(h)) if attention else h
 
 
 class Autoencoder(NamedTuple):

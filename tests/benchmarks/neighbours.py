@@ -1,0 +1,72 @@
+"""Nearest neighbours against FAISS and against a matrix product by the machine's BLAS, and the memory that a search takes.
+
+10,000 x 10,000 x 128, the nearest by dot product. `share of the product's rate`: multiplications a second of the whole
+search over those of a square product of 2048, in the same turns. The search of 20,000 in 200,000 runs in a process of its
+own whose largest memory is noted; `python -m tests.benchmarks.neighbours 200000` does 200,000 in 200,000.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.benchmarks import _sides
+
+N, D = 10_000, 128
+
+
+def measure() -> dict:
+    sides = {"ours": _sides.Side("neighbours", {"side": "ours"}), "product": _sides.Side("_product", {})}
+    with _sides.together(sides):
+        if _sides.have_peers("faiss"):
+            sides["faiss"] = _sides.Side("neighbours", {"side": "faiss"}, _sides.PEERS)
+        times = _sides.in_turns(sides, seconds=1.0)
+        product = sides["product"].said["GFLOP"] / times.pop("product")
+    rate = 2 * N * N * D / 1e9 / times["ours"]
+    large = subprocess.run([sys.executable, "-m", __name__, "20000"], capture_output=True, text=True, check=True)
+    return {
+        "10k x 10k": {**_sides.compared(times), "share of the product's rate": _sides.spread(rate / product)},
+        "20k x 200k": json.loads(large.stdout),
+    }
+
+
+def rows(seed: int, n: int = N) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((n, D), np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def start(case: dict) -> tuple[dict, Callable]:
+    query, key = rows(0), rows(1)
+    if case["side"] == "faiss":
+        import faiss
+
+        index = faiss.IndexFlatIP(D)
+        index.add(key)
+        return {}, lambda: index.search(query, 1)
+    from detection import neighbours
+
+    return {}, lambda: neighbours.nearest(query, key)
+
+
+def peak(queries: int) -> dict:
+    """Time and largest memory of a search among 200,000 keys, and what of the memory was there before it."""
+    import time
+
+    from detection import neighbours
+
+    query, key = rows(0, queries), rows(1, 200_000)
+    neighbours.nearest(query[:64], key[:64])
+    size = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    before, begin = size(), time.perf_counter()
+    neighbours.nearest(query, key)
+    return {"seconds": round(time.perf_counter() - begin, 1), "peak_MiB": size(), "before_MiB": before}
+
+
+if __name__ == "__main__":
+    if sys.argv[1].isdigit():
+        print(json.dumps(peak(int(sys.argv[1]))))
+    else:
+        _sides.serve(start)
