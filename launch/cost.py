@@ -4,7 +4,7 @@ Programs are traced with abstract shapes. Their matrix products and convolutions
 where they are made to where they are last used; so neither the devices need be there, nor the memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +107,7 @@ def of(
         held(state.params),
         held(state.opt_state),
         held(state.ema) + held(state.best),
-        peak(traced, set(traced.outvars[-grads:])) // spatial,
+        peak(traced, _variables(traced.outvars[-grads:])) // spatial,
         3 * sum(_bytes(leaf) for leaf in jax.tree.leaves(rows)) // spatial,  # one in use, one ready, one coming
         round(sum(reduction(leaf, devices, fsdp) for leaf in jax.tree.leaves(state.params)))
         + (2 * borders(once) if spatial > 1 else 0),
@@ -265,9 +265,14 @@ def peak(jaxpr: core.Jaxpr, free: frozenset[Any] | set[Any] = frozenset()) -> in
             if var not in root and var not in free and eqn.primitive.name not in FUSED and var in last:
                 alive += _bytes(var.aval)
                 ends.setdefault(last[var], []).append(_bytes(var.aval))
-        most = max(most, alive + max((peak(sub, set(sub.outvars)) for sub in _inner(eqn)), default=0))
+        most = max(most, alive + max((peak(sub, _variables(sub.outvars)) for sub in _inner(eqn)), default=0))
         alive -= sum(ends.pop(i, []))
     return most
+
+
+def _variables(found: Sequence[Any]) -> set[Any]:
+    """Without the constants that are written out in a program, which take no memory."""
+    return {var for var in found if not isinstance(var, core.Literal)}
 
 
 def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
