@@ -164,7 +164,8 @@ def test_a_study_killed_ten_times_ends_with_the_same_table(tmp_path):
     rng, done = np.random.default_rng(0), []
     for number in range(10):
         process = study(tmp_path / "killed")
-        time.sleep(rng.uniform(0.5, 4.5))
+        next((line for line in process.stderr if "started" in line), None)
+        time.sleep(rng.uniform(0.0, 0.8))
         how = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
         process.send_signal(how)
         process.wait(20)
