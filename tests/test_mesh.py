@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launch import layers, mesh
-from ldm import autoencoder, unet
+from ldm import autoencoder, reconstruction, unet
 
 
 def tasks():
@@ -21,7 +21,8 @@ def tasks():
     def denoising(params, batch, key):
         return ((net.apply(params, batch, jnp.full(len(batch), 0.3)) - jnp.sin(batch)) ** 2).mean(), {}
 
-    task = autoencoder.task(coder, kl_weight=1e-4)
+    aims = reconstruction.Aims("l1", 1e-4, False, 0.25, 0.0, 0.0, ())
+    task = reconstruction.task(coder, aims, adversarial=False)
     return {
         "autoencoder": (task.init, task.loss, normal((8, *shape)).astype(np.float32)),
         "unet": (
