@@ -5,8 +5,8 @@
 NIH is a folder with Data_Entry*.csv and images*/, an image folder, or a CSV manifest. Default: 64x64, two cores, minutes.
 
 `:compare` is for the comparison of generators in RESULTS.md, each with `--config.generator=ldm`, `vae` and `gan`: few
-training images, so that what memorizes does so within minutes, and as many training steps as give each the same FLOPs
-(`--config.dry_run=True` says them).
+training images, so that what memorizes does so within minutes, and as many training steps as give each the same FLOPs by
+XLA's count of the uncompiled step.
 
 `:paper` holds the published settings of the copy detector (Dar et al., arXiv 2402.01054, and the authors' code) at
 512x512: 10,000 training and 200 validation images, ResNet-50 from scratch (theirs starts from ImageNet weights), whose
