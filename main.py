@@ -115,37 +115,42 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings")
     foreign, release, exit_code, beside, member, vectors = (settings.pop(name) for name in own)
     sets = data.load(**config.data.to_dict())
-    model = train_detector(config, workdir / "detector", sets, purpose=2)
-    again = train_detector(config, workdir / "detector-again", sets, purpose=4) if release else None
     ours = foreign is None
     source = workdir / "samples" if ours else Path(foreign).expanduser()
     reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
     synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config, workdir).reading} if ours else {}))
-    elsewhere = [name for name in beside if name != "latents"]
-    others = detection.spaces_of(elsewhere, model.image_shape, detection.untrained(model, key(config, 5)), ldm.ssim)
+    given = {}
     if vectors:
         ids = {"train": sets["train"].ids, "val": sets["val"].ids, "synthetic": synthetic.ids}
-        others["audit.embeddings"] = ldm.read_features(Path(vectors), ids, "config.audit.embeddings")
+        given["audit.embeddings"] = ldm.read_features(Path(vectors), ids, "config.audit.embeddings")
+    model = train_detector(config, workdir / "detector", sets, purpose=2)
+    again = train_detector(config, workdir / "detector-again", sets, purpose=4) if release else None
+    embed = detection.embedder(model)
     generator = build_generator(config, workdir) if ours else None
     render = ldm.round_trip(generator) if ours else None
     plants, losses = copies.grid(), None
     if render:
         plants["autoencoder", 1.0] = lambda key, x: render(x)
-        if "latents" in beside:
-            others["latents"] = detection.by_correlation(ldm.latents(generator), "the autoencoder's latents")
     if ours and config.generator == "ldm" and not config.sample.control:
         weights = load(config, generator)
         plants |= {("re-noise", level): ldm.renoised(generator, weights, level=level) for level in RENOISE}
         if member:
             losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
+    others = detection.spaces_of(
+        beside,
+        model.image_shape,
+        untrained=detection.untrained(model, key(config, 5)),
+        ssim=ldm.ssim,
+        latents=ldm.latents(generator) if render else None,
+    )
     result = detection.audit(
-        detection.embedder(model),
+        embed,
         sets,
         synthetic,
         render=render,
         plants=plants,
         again=again and detection.embedder(again),
-        others=others,
+        others=others | given,
         losses=losses,
         described={"config": config.to_dict(), "environment": log.provenance()},
         source=source,
@@ -157,7 +162,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         **settings,
     )
     if config.quality.enabled:
-        quality(config, workdir, sets, synthetic, detection.embedder(model))
+        quality(config, workdir, sets, synthetic, embed)
     return detection.EXIT[(result["release"] or result)["verdict"]] if exit_code else 0
 
 
@@ -208,6 +213,7 @@ def dry_run(config: ConfigDict) -> int:
         settings, augment = config.train[name].to_dict(), augmentation(config.augment[name])
         s = ldm.stage(generator, name, steps=settings["steps"], optimiser=settings["optimiser"], augment=augment)
         batch, extra = cost.batch(s.item, settings["batch"]), {"ema": tuple(settings.get("ema", ()))}
+        extra["accumulate"] = settings["accumulate"]
         one = cost.of(s.task, batch, tx=s.tx, prepare=s.prepare, **extra, **layout)
         found[name] = cost.Stage(one, settings["steps"], stage.key_of(settings_of(config, *made_of(config, name))))
     settings = config.train.detector.to_dict()

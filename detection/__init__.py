@@ -2,6 +2,5 @@
 
 from detection.audit import audit
 from detection.detector import Detector, build, embedder, task, train, untrained
-from detection.spaces import by_correlation
 from detection.spaces import chosen as spaces_of
 from detection.verdict import EXIT

@@ -101,10 +101,13 @@ def train(
 
 
 def at_most(batch: int, n: int) -> int:
-    """The batch for `n` images: an image that is in a batch twice is a negative of itself, and pushed away from itself."""
+    """The batch for `n` images: an image that is in a batch twice is a negative of itself, and pushed away from itself.
+
+    It may still be, in a batch that runs across the end of an epoch.
+    """
     if batch <= n:
         return batch
-    devices = mesh.size()
+    devices = mesh.shares()
     capped = n // devices * devices
     if not capped:
         raise ValueError(f"{n} training images are fewer than the {devices} devices: enlarge data.fractions.train")

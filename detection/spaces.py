@@ -37,19 +37,22 @@ class Measured(NamedTuple):
     planted: Sequence[controls.Planted] | None  # None where no copies can be planted: vectors made elsewhere
 
 
-NAMES = ("untrained", "pixels", "shifted pixels", "SSIM")
+NAMES = ("untrained", "pixels", "shifted pixels", "SSIM", "latents")
 
 
 def chosen(
     names: Sequence[str],
     image_shape: tuple[int, ...],
+    *,
     untrained: Callable[[jax.Array], jax.Array],
     ssim: Callable[[jax.Array, jax.Array], jax.Array],
+    latents: Callable[[jax.Array], jax.Array] | None,
 ) -> dict[str, Space]:
     """The spaces of these names, of NAMES; ValueError for another.
 
     Args:
       untrained: embeddings of the detector before it learned anything. ssim: structural similarity, (B, *S, C) twice -> (B,).
+      latents: an autoencoder's, images -> (B, D); None where there is no autoencoder, and then no such space.
     """
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"config.audit.spaces: no space {unknown[0]!r}; use {', '.join(NAMES)}")
@@ -59,7 +62,9 @@ def chosen(
         "shifted pixels": lambda name: by_pairs(shifted_correlation(image_shape), image_shape, name, flips=True),
         "SSIM": lambda name: by_pairs(ssim, image_shape, name, flips=False),
     }
-    return {name: make[name](name) for name in names}
+    if latents:
+        make["latents"] = lambda name: by_correlation(latents, "the autoencoder's latents")
+    return {name: make[name](name) for name in names if name in make}
 
 
 def by_correlation(embed: Callable[[jax.Array], jax.Array], note: str = "Pearson correlation of vectors") -> Space:

@@ -73,6 +73,7 @@ def of(
     ema: tuple[float, ...] = (),
     select: bool = False,
     prepare: Callable[[Any, jax.Array], Any] | None = None,
+    accumulate: int = 1,
     devices: int = 1,
     fsdp: int = 1,
     spatial: int = 1,
@@ -81,11 +82,13 @@ def of(
 
     Args:
       batch: tree of `jax.ShapeDtypeStruct`, the global batch, before `prepare`.
+      accumulate: parts that pass through the model one after the other: activations are those of one, and gradients are
+        there a second time while they are added.
       devices, fsdp, spatial: of the mesh that is planned for, as in `mesh.make`.
     Raises:
       ValueError: where the mesh does not fit the devices, or the batch the mesh.
     """
-    rows = _rows(batch, devices, fsdp, spatial)
+    rows, part = (_rows(batch, devices, fsdp, spatial, parts) for parts in (1, accumulate))
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: loop.create(key, task=task, tx=tx, ema=ema, select=select), key)
 
@@ -95,7 +98,7 @@ def of(
     with layers.lowered_for("accelerator"):
         step = jax.value_and_grad(forward, has_aux=True)
         everything = jax.make_jaxpr(step)(state.params, batch, key).jaxpr
-        traced = jax.make_jaxpr(step)(state.params, rows, key).jaxpr
+        traced = jax.make_jaxpr(step)(state.params, part, key).jaxpr
         once = jax.make_jaxpr(forward)(state.params, rows, key).jaxpr
     held = lambda tree: sum(_bytes(leaf) // _shards(leaf.shape, fsdp) for leaf in jax.tree.leaves(tree))
     grads = len(jax.tree.leaves(state.params))
@@ -104,7 +107,7 @@ def of(
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
         flops(everything),
         held(state.params),
-        held(state.params),
+        held(state.params) * (1 + (accumulate > 1)),
         held(state.opt_state),
         held(state.ema) + held(state.best),
         peak(traced, _variables(traced.outvars[-grads:])) // spatial,
@@ -125,15 +128,18 @@ def drawing(draw: Callable, weights: Any, batch: Any, *, devices: int = 1, fsdp:
     return Cost(devices, number, flops(everything), whole, 0, 0, 0, borne, sum(map(_bytes, jax.tree.leaves(rows))), 0)
 
 
-def _rows(batch: Any, devices: int, fsdp: int, spatial: int) -> Any:
-    """The part of a batch that one group of devices sees."""
+def _rows(batch: Any, devices: int, fsdp: int, spatial: int, parts: int = 1) -> Any:
+    """What one group of devices sees of a batch, or of one of its `parts`."""
     if devices % (fsdp * spatial):
         raise ValueError(
             f"config.mesh.fsdp={fsdp} times config.mesh.spatial={spatial} must divide config.plan.devices={devices}"
         )
-    size, shares = jax.tree.leaves(batch)[0].shape[0], devices // spatial
+    size, shares = jax.tree.leaves(batch)[0].shape[0], parts * (devices // spatial)
     if size % shares:
-        raise ValueError(f"a batch of {size} must be a multiple of the {shares} devices that split a batch")
+        of_it = f" times its {parts} parts" if parts > 1 else ""
+        raise ValueError(
+            f"a batch of {size} must be a multiple of the {devices // spatial} devices that split a batch{of_it}"
+        )
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size // shares, *x.shape[1:]), x.dtype), batch)
 
 

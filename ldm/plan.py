@@ -1,4 +1,4 @@
-"""What of a generator is trained, stage by stage, as shapes: for the cost of a run before anything is compiled."""
+"""What of a generator is trained, stage by stage: for its training, and for what a run costs before anything is compiled."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -9,10 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import checkpoint, log, loop, mesh, stage
-from ldm import autoencoder, diffusion, gan, look, reconstruction, samplers
+from ldm import autoencoder, look, plan, reconstruction, samplers
 from ldm.generator import Generator, averages, coder_folder, latents_folder, load_autoencoder, moments
 
 ENCODE_BATCH = 64
+
+
+def on_images(
+    images: Sequence,
+    held_out: Sequence,
+    *,
+    batches: Callable,
+    in_order: Callable,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    batch: int,
+) -> dict[str, Any]:
+    """What `loop.fit` is told of a stage that trains on the images themselves."""
+    moved = augment and jax.jit(augment)
+    return {
+        "batches": lambda start: batches(images, batch=batch, start=start),
+        "prepare": moved and (lambda x, key: moved(key, x)),
+        "held_out": lambda: loop.whole_batches(in_order, held_out, batch),
+    }
 
 
 def train(
@@ -58,19 +76,18 @@ def train_autoencoder(
     """
     folder, model, aims = coder_folder(generator), generator.autoencoder, generator.aims
     if checkpoint.published(folder) != steps:
-        moved = augment and jax.jit(augment)
+        data = on_images(images, held_out, batches=batches, in_order=in_order, augment=augment, batch=batch)
+        tx = plan.stage(generator, folder.name, steps=steps, optimiser=optimiser, augment=None).tx
         alone = int(steps * generator.adversary_from) if aims.adversarial else steps
         for until, adversarial in [(alone, False), (steps, True)] if alone < steps else [(steps, False)]:
             state = loop.fit(
                 folder.name,
                 reconstruction.task(model, aims, adversarial=adversarial),
-                lambda start: batches(images, batch=batch, start=start),
                 folder=folder,
                 steps=until,
-                tx=reconstruction.optimiser(model, aims, steps=steps, **optimiser),
+                tx=tx,
                 key=key,
-                prepare=moved and (lambda x, key: moved(key, x)),
-                held_out=lambda: loop.whole_batches(in_order, held_out, batch),
+                **data,
                 **fit,
             )
         params = {name: part for name, part in state.params.items() if name != "discriminator"}
@@ -174,21 +191,19 @@ def train_diffusion(
     # not in the step: it would be compiled again for other moments
     normalise = jax.jit(lambda q, mean, std: ((q[0] - mean) / std, q[1] - 2 * jnp.log(std)))
 
-    def draw(q: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
-        return autoencoder.draw(autoencoder.Posterior(*q), key)
-
     if augment is None:
         source, prepare = Posteriors(latents_folder(generator)), lambda q, key: normalise(q, mean, std)
     else:
         moved = jax.jit(augment)
         source, prepare = images, lambda x, key: normalise(encode(params, moved(key, x)), mean, std)
     encoded = [normalise(encode(params, x), mean, std) for x in loop.whole_batches(in_order, held_out, batch)]
+    planned = plan.stage(generator, "diffusion", steps=fit["steps"], optimiser=optimiser, augment=None)
     state = loop.fit(
         "diffusion",
-        diffusion.task(generator.denoiser, generator.init_unet, draw, min_snr=generator.min_snr),
+        planned.task,
         lambda start: batches(source, batch=batch, start=start),
         folder=folder,
-        tx=loop.optimiser(steps=fit["steps"], **optimiser),
+        tx=planned.tx,
         key=key,
         ema=tuple(ema),
         prepare=prepare,
@@ -288,17 +303,15 @@ def train_gan(
     folder = generator.workdir / "gan"
     if checkpoint.published(folder) == fit["steps"]:
         return
-    moved = augment and jax.jit(augment)
+    planned = plan.stage(generator, "gan", steps=fit["steps"], optimiser=optimiser, augment=None)
     state = loop.fit(
         "gan",
-        gan.task(generator.gan),
-        lambda start: batches(images, batch=batch, start=start),
+        planned.task,
         folder=folder,
-        tx=gan.optimiser(steps=fit["steps"], **optimiser),
+        tx=planned.tx,
         key=key,
         ema=tuple(ema),
-        prepare=moved and (lambda x, key: moved(key, x)),
-        held_out=lambda: loop.whole_batches(in_order, held_out, batch),
+        **on_images(images, held_out, batches=batches, in_order=in_order, augment=augment, batch=batch),
         **fit,
     )
     checkpoint.publish(folder, fit["steps"], {decay: average["generator"] for decay, average in state.ema.items()})

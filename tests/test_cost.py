@@ -51,6 +51,16 @@ def test_a_dense_layer_by_hand():
     )
 
 
+def test_accumulated_parts_keep_activations_of_one():
+    whole, parts = (cost.of(dense(), rows, tx=optax.sgd(1.0), accumulate=n) for n in (1, 4))
+    assert parts.activations == whole.activations // 4 and parts.gradients == 2 * whole.gradients
+    assert (parts.flops, parts.batch) == (whole.flops, whole.batch)
+    with pytest.raises(
+        ValueError, match="a batch of 8 must be a multiple of the 4 devices that split a batch times its 4"
+    ):
+        cost.of(dense(), rows, tx=optax.sgd(1.0), accumulate=4, devices=4)
+
+
 @pytest.mark.parametrize(("size", "strides"), [((16, 16), 1), ((16, 16), 2), ((8, 8, 8), 1)])
 def test_a_convolution_by_hand(size, strides):
     rank, c, f = len(size), 4, 6
