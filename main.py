@@ -112,8 +112,8 @@ def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Seq
 def audit(config: ConfigDict, workdir: Path) -> int:
     """Compares synthetic images, ours or any folder's, with the training images; writes `audit/` and `quality.json`."""
     settings = config.audit.to_dict()
-    own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings")
-    foreign, release, exit_code, beside, member, vectors = (settings.pop(name) for name in own)
+    own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings", "register")
+    foreign, release, exit_code, beside, member, vectors, candidates = (settings.pop(name) for name in own)
     sets = data.load(**config.data.to_dict())
     ours = foreign is None
     source = workdir / "samples" if ours else Path(foreign).expanduser()
@@ -139,17 +139,19 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     others = detection.spaces_of(
         beside,
         model.image_shape,
+        trained=embed if candidates else None,
         untrained=detection.untrained(model, key(config, 5)),
         ssim=ldm.ssim,
         latents=ldm.latents(generator) if render else None,
     )
+    registered = lambda embed: detection.registered(embed, model.image_shape, candidates)
     result = detection.audit(
-        embed,
+        registered(embed),
         sets,
         synthetic,
         render=render,
         plants=plants,
-        again=again and detection.embedder(again),
+        again=again and registered(detection.embedder(again)),
         others=others | given,
         losses=losses,
         described={"config": config.to_dict(), "environment": log.provenance()},

@@ -213,12 +213,15 @@ def get_config(variant: str = "") -> ConfigDict:
             "percentile": 95.0,  # of the paper's rule
             "pairs": 16,  # most similar pairs in the picture
             "batch": 64,  # images embedded at a time
+            # nearest training images of each image that are laid over it before the nearest is named; 0: none, the verdict
+            # rests on the detector's embeddings alone, as the paper's does
+            "register": 16,
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released
             "release": config_dict.placeholder(str),
-            # similarity spaces reported beside the detector: 'untrained', 'pixels', 'shifted pixels', 'SSIM'; 'latents' are
-            # the autoencoder's, of our own generators
-            "spaces": ("untrained", "pixels", "shifted pixels", "SSIM", "latents"),
+            # similarity spaces reported beside the verdict's: 'detector alone' (not registered), 'untrained', 'pixels',
+            # 'shifted pixels', 'SSIM'; 'latents' are the autoencoder's, of our own generators
+            "spaces": ("detector alone", "untrained", "pixels", "shifted pixels", "SSIM", "latents"),
             # and in vectors made elsewhere (ImageNet, DINO): an .npz with `ids` and `features` of all images
             "embeddings": config_dict.placeholder(str),
             "membership": True,  # our own generators: compare denoising losses of training and unseen patients,
@@ -264,6 +267,7 @@ def only(variant: str, *known: str) -> None:
 
 def paper_detector(config: ConfigDict) -> None:
     """The copy detector of Dar et al. in what it learns: one view rotated by up to 5 degrees and flipped."""
+    config.audit.register = 0
     config.detector.update(arch="resnet", flips=False, both=False)
     config.detector.augment = ConfigDict({"flip": 0.5, "rotate": 5.0, "rotate_p": 0.5})
 

@@ -3,4 +3,5 @@
 from detection.audit import audit
 from detection.detector import Detector, build, embedder, task, train, untrained
 from detection.spaces import chosen as spaces_of
+from detection.spaces import registered
 from detection.verdict import EXIT

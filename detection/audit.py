@@ -30,20 +30,17 @@ class Space(NamedTuple):
     null_M: np.ndarray  # of each validation image among the training images
     control_C: np.ndarray  # of each control image
     planted: list[controls.Planted]
-    train_NxD: np.ndarray
-    syn_KxD: np.ndarray
-    val_MxD: np.ndarray
-    control_CxD: np.ndarray
+    rows: dict[str, np.ndarray]  # of each set, as the space's `search` takes them
 
 
 def audit(
-    embed: Callable[[jax.Array], jax.Array],
+    examiner: spaces.Space,
     sets: Mapping[str, Any],
     synthetic: Any,
     *,
     render: Callable[[jax.Array], jax.Array] | None,
     plants: controls.Plants,
-    again: Callable[[jax.Array], jax.Array] | None,
+    again: spaces.Space | None,
     others: Mapping[str, Any],
     losses: Callable[[jax.Array], jax.Array] | None,
     levels: Sequence[float],
@@ -65,14 +62,14 @@ def audit(
     """Audits `synthetic` against `sets['train']`; writes `audit.json`, `verdicts.csv`, `pairs.png`, `histogram.png`.
 
     Args:
-      embed: the copy detector: images (B, *S, C) -> embeddings (B, D).
+      examiner: the space that the verdict rests on: see `spaces.registered`.
       sets: 'train', 'val' and 'control', each with `images`, `ids` and `patients`.
       synthetic: the images to audit, with `images` and `ids`; their files lie in the folder `source`.
       render: how the generator renders an image (the autoencoder's round trip); the real images are passed through it,
         so that like is compared with like. None, for images made elsewhere: real and synthetic images are filtered to
         their common power spectrum instead.
       plants: the kinds of near-copies that the positive control plants; of `planted` training patients each.
-      again: a detector of another seed, that examines what is released.
+      again: that of a detector of another seed, that examines what is released.
       others: name -> other similarity spaces to report beside the detector's; see `evidence.side_by_side`.
       losses, levels: the generator's denoising losses for the membership test, (B, *S, C) -> (B, L), at the noise levels
         t / T; None where the generator is not ours.
@@ -93,34 +90,36 @@ def audit(
     look = views.like_for_like(sets, synthetic, render, in_order, batch, seed)
     chosen_Q = controls.choose(train.patients, planted, seed)
 
-    def space(embed: Callable, kept_K: np.ndarray | slice = slice(None)) -> tuple[Space, Callable]:
-        embeddings = views.embedder(embed, in_order, batch, folder / "embeddings")
+    def space(examiner: spaces.Space, kept_K: np.ndarray | slice = slice(None)) -> tuple[Space, Callable]:
+        embeddings = views.embedder(examiner.embed, in_order, batch, folder / "embeddings")
         of = lambda name, view: embeddings(everything[name].images, view, name, content[name])
-        train_NxD, val_MxD, control_CxD = (of(name, look.real) for name in ("train", "val", "control"))
-        syn_KxD = of("synthetic", look.synthetic)[kept_K]
-        best = lambda query: neighbours.nearest(query, train_NxD).sim[:, 0]
-        planting = {"embed": embed, "view": look.real, "in_order": in_order, "batch": batch, "seed": seed}
-        copies = controls.plant(plants, train.images, chosen_Q, train_NxD, **planting)
-        hits = neighbours.nearest(syn_KxD, train_NxD)
-        return Space(hits, best(val_MxD), best(control_CxD), copies, train_NxD, syn_KxD, val_MxD, control_CxD), of
+        rows = {name: of(name, look.real) for name in ("train", "val", "control")}
+        rows["synthetic"] = of("synthetic", look.synthetic)[kept_K]
+        search = lambda query: examiner.search(query, rows["train"])
+        planting = {"embed": examiner.embed, "view": look.real, "in_order": in_order, "batch": batch, "seed": seed}
+        copies = controls.plant(plants, train.images, chosen_Q, search, **planting)
+        null_M, control_C = (search(rows[name]).sim[:, 0] for name in ("val", "control"))
+        return Space(search(rows["synthetic"]), null_M, control_C, copies, rows), of
 
-    ours, of = space(embed)
+    ours, of = space(examiner)
     judging = {"policy": policy, "fdr": fdr, "seed": seed}
-    raw = {name: of(name, views.as_it_is) for name in everything if name != "control"}
+    alone = {name: examiner.vectors(rows) for name, rows in ours.rows.items()}
+    raw = {name: examiner.vectors(of(name, views.as_it_is)) for name in everything if name != "control"}
     result, test = judge(ours, train, val, control, chosen_Q, **judging)
     result = {
         "caveats": list(caveats),
         **result,
-        "paper": paper_section(raw, of("control", look.real), train, control, percentile=percentile, seed=seed),
+        "paper": paper_section(raw, alone["control"], train, control, percentile=percentile, seed=seed),
         "rendering": look.report,
         "patients": report.copied_patients(train.patients[ours.hits.index[:, 0]], test.flagged_K),
         "extraction": extraction.extraction(ours.hits.index[:, 0], test.flagged_K, train.patients, fdr=fdr, seed=seed),
         "baselines": evidence.of_distances(
-            ours.train_NxD, ours.syn_KxD, ours.val_MxD, ours.control_CxD, val, control, seed
+            *(alone[name] for name in ("train", "synthetic", "val", "control")), val, control, seed
         ),
         "spaces": evidence.side_by_side(
             others,
             spaces.Measured(ours.hits, ours.null_M, ours.planted),
+            examiner.note,
             {
                 "train": (train.images, look.real),
                 "val": (val.images, look.real),
@@ -148,13 +147,14 @@ def audit(
     word, reasons = verdict.decide(result, policy)
     result = {"verdict": word, "reasons": reasons, "policy": dict(policy), **result, "release": None}
     if release_to:
-        keep_K = release.without_copies(test.flagged_K, ours.hits.index[:, 0], ours.syn_KxD, test.threshold)
+        nearest_K, rows_KxD = ours.hits.index[:, 0], ours.rows["synthetic"]
+        keep_K = release.without_copies(test.flagged_K, nearest_K, rows_KxD, test.threshold, examiner.search)
         release.write(release_to, source, synthetic.ids, keep_K, ours.hits.sim[:, 0], test.p_K)
-        others = {"detector of another seed": again, "pixel correlation": views.pixels}
+        others = {"detector of another seed": again, "pixel correlation": spaces.by_correlation(views.pixels)}
         result["release"] = {
             **release.summary(release_to, test.flagged_K, keep_K),
             **examined_again(
-                {name: space(embed, keep_K)[0] for name, embed in others.items()} if keep_K.any() else {},
+                {name: space(other, keep_K)[0] for name, other in others.items()} if keep_K.any() else {},
                 lambda other: judge(other, train, val, control, chosen_Q, **judging)[0] | {"rendering": look.report},
                 policy,
             ),

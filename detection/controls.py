@@ -32,11 +32,6 @@ def choose(patients_N: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(order[rng.permutation(first)[:count]])
 
 
-def correlated(x_QxD: np.ndarray, like_train_NxD: np.ndarray) -> neighbours.Neighbours:
-    """The training image that correlates most with each embedding; the training images' are standardised already."""
-    return neighbours.nearest(neighbours.standardise(x_QxD), like_train_NxD)
-
-
 def standard(plants: Plants) -> Plants:
     """The first strength of each kind that counts."""
     first: dict[str, tuple[str, float]] = {}
@@ -50,20 +45,19 @@ def plant(
     plants: Plants,
     images: Any,
     chosen_Q: np.ndarray,
-    like_train_NxD: np.ndarray,
+    search: Callable[[np.ndarray], neighbours.Neighbours],
     *,
     embed: Callable[[jax.Array], jax.Array],
     view: Callable[[jax.Array], jax.Array],
     in_order: Callable[..., Iterator],
     batch: int,
     seed: int,
-    search: Callable[[np.ndarray, np.ndarray], neighbours.Neighbours] = correlated,
 ) -> list[Planted]:
     """Copies the chosen training images in every kind and strength, renders and embeds them, and finds their nearest.
 
     Args:
       plants: (kind, strength) -> jitted `copy(key, x) -> x`, in the order of the report; the first strength of a kind is standard.
-      like_train_NxD: embeddings of the training images as `view` renders them, as `search` takes them.
+      search: finds the nearest training image, itself as `view` renders it, of what `embed` makes of an image.
       view: the rendering that a generator's copy would have.
     """
     subset = [images[int(i)] for i in chosen_Q]
@@ -72,7 +66,7 @@ def plant(
     with log.progress("positive control", len(plants), unit="kind") as bar:
         for (kind, strength), copy in plants.items():
             parts = list(mesh.stream(lambda x, copy=copy: embed(view(copy(key, x))), in_order(subset, batch)))
-            found = search(np.concatenate(parts), like_train_NxD)
+            found = search(np.concatenate(parts))
             planted.append(Planted(kind, strength, (kind, strength) in counted, found.sim[:, 0], found.index[:, 0]))
             bar.update(1)
     return planted

@@ -33,6 +33,7 @@ def of_memorized(
 def side_by_side(
     others: Mapping[str, spaces.Space | Mapping[str, np.ndarray]],
     detector: spaces.Measured,
+    note: str,
     sets: Mapping[str, tuple[Sequence, Callable[[jax.Array], jax.Array]]],
     plants: controls.Plants,
     chosen_Q: np.ndarray,
@@ -55,7 +56,7 @@ def side_by_side(
     told = lambda what, note: spaces.section(
         what, patients_M, patients_N[chosen_Q], flagged_K, fdr=fdr, seed=seed, note=note
     )
-    result = {"detector": told(detector, "the trained copy detector, which the verdict rests on")}
+    result = {"detector": told(detector, note)}
     for name, space in others.items():
         if isinstance(space, spaces.Space):
             result[name] = told(spaces.measured(space, sets, plants, chosen_Q, **how), space.note)

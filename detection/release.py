@@ -4,21 +4,20 @@ import csv
 import hashlib
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from detection import neighbours
 from launch import checkpoint, stage
 
 FIELDS = ("path", "sha256", "similarity", "p_value")
 
 
 def without_copies(
-    flagged_K: np.ndarray, nearest_K: np.ndarray, syn_KxD: np.ndarray, threshold: float | None
+    flagged_K: np.ndarray, nearest_K: np.ndarray, syn_KxD: np.ndarray, threshold: float | None, search: Callable
 ) -> np.ndarray:
     """Which synthetic images stay: those neither flagged nor in the cluster of a flagged one.
 
@@ -26,11 +25,11 @@ def without_copies(
     flagged one as copies are to their originals (at least `threshold`): near misses of the same patient.
 
     Args:
-      nearest_K: index of the nearest training image. syn_KxD: standardised embeddings.
+      nearest_K: index of the nearest training image. syn_KxD, search: as the audit's space has them; see `spaces.Space`.
     """
     keep_K = ~flagged_K & ~np.isin(nearest_K, nearest_K[flagged_K])
     if threshold is not None and keep_K.any() and flagged_K.any():
-        near = neighbours.nearest(syn_KxD[keep_K], syn_KxD[flagged_K]).sim[:, 0] >= threshold
+        near = search(syn_KxD[keep_K], syn_KxD[flagged_K]).sim[:, 0] >= threshold
         keep_K[np.flatnonzero(keep_K)[near]] = False
     return keep_K
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detection import calibrate, controls, neighbours, roc, views
+from detection import calibrate, controls, neighbours, registration, roc, views
 from launch import log, mesh
 
 CANDIDATES = 16  # training images a pair score is measured on, for each version of the query
@@ -25,8 +25,11 @@ class Space(NamedTuple):
     """One space: see the module. `note`: what the reader must know of it."""
 
     embed: Callable[[jax.Array], jax.Array]  # images (B, *S, C) -> (B, D)
-    search: Callable[[np.ndarray, np.ndarray], neighbours.Neighbours]  # of (queries, training images)
+    search: Callable[
+        [np.ndarray, np.ndarray], neighbours.Neighbours
+    ]  # of (queries, training images), rows as `embed` gives
     note: str
+    vectors: Callable[[np.ndarray], np.ndarray] = neighbours.standardise  # of such rows: what correlates, standardised
 
 
 class Measured(NamedTuple):
@@ -37,13 +40,14 @@ class Measured(NamedTuple):
     planted: Sequence[controls.Planted] | None  # None where no copies can be planted: vectors made elsewhere
 
 
-NAMES = ("untrained", "pixels", "shifted pixels", "SSIM", "latents")
+NAMES = ("detector alone", "untrained", "pixels", "shifted pixels", "SSIM", "latents")
 
 
 def chosen(
     names: Sequence[str],
     image_shape: tuple[int, ...],
     *,
+    trained: Callable[[jax.Array], jax.Array] | None,
     untrained: Callable[[jax.Array], jax.Array],
     ssim: Callable[[jax.Array, jax.Array], jax.Array],
     latents: Callable[[jax.Array], jax.Array] | None,
@@ -51,7 +55,8 @@ def chosen(
     """The spaces of these names, of NAMES; ValueError for another.
 
     Args:
-      untrained: embeddings of the detector before it learned anything. ssim: structural similarity, (B, *S, C) twice -> (B,).
+      trained: embeddings of the copy detector, None where the verdict rests on them alone. untrained: before it learned
+        anything. ssim: structural similarity, (B, *S, C) twice -> (B,).
       latents: an autoencoder's, images -> (B, D); None where there is no autoencoder, and then no such space.
     """
     if unknown := [name for name in names if name not in NAMES]:
@@ -62,6 +67,8 @@ def chosen(
         "shifted pixels": lambda name: by_pairs(shifted_correlation(image_shape), image_shape, name, flips=True),
         "SSIM": lambda name: by_pairs(ssim, image_shape, name, flips=False),
     }
+    if trained:
+        make["detector alone"] = lambda name: by_correlation(trained, "the copy detector without registration")
     if latents:
         make["latents"] = lambda name: by_correlation(latents, "the autoencoder's latents")
     return {name: make[name](name) for name in names if name in make}
@@ -75,6 +82,52 @@ def by_correlation(embed: Callable[[jax.Array], jax.Array], note: str = "Pearson
 def correlation(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
     """The training image whose vector correlates most with each query's."""
     return neighbours.nearest(neighbours.standardise(query_QxD), neighbours.standardise(train_NxD))
+
+
+def registered(
+    embed: Callable[[jax.Array], jax.Array], image_shape: tuple[int, ...], candidates: int, batch: int = 512
+) -> Space:
+    """The space of the verdict: what an embedding finds, looked at again after laying one image over the other.
+
+    Of each query's `candidates` nearest training images by the correlation of embeddings, the similarity is the mean of
+    that correlation and of the two images' own correlation once they are registered, the query as it is or mirrored along
+    the last axis: the mean after Fisher's transform, in which correlations near one are as far apart as they are near
+    zero. With no candidates, the correlation of embeddings alone.
+    """
+    if not candidates:
+        return by_correlation(embed, "the trained copy detector; the verdict rests on it")
+    shape = registration.shape(image_shape[:-1])
+    wide = int(np.prod(shape))
+    overlaid = jax.vmap(registration.correlation)
+    measure = jax.jit(lambda p: jnp.maximum(overlaid(p[:, 0], p[:, 1]), overlaid(jnp.flip(p[:, 0], -1), p[:, 1])))
+    vectors = lambda rows: neighbours.standardise(rows[:, :-wide])
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([embed(x), registration.looks(x).reshape(len(x), -1)], 1)
+
+    def search(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
+        near = neighbours.nearest(vectors(query_QxD), vectors(train_NxD), k=min(candidates, len(train_NxD)))
+        looks = lambda rows: rows[:, -wide:].reshape(-1, *shape)
+        pairs = _Pairs(looks(query_QxD), looks(train_NxD), near.index)
+        with log.progress("registering", len(query_QxD), unit="image") as bar:
+            sim_Qxc = _by_batch(measure, pairs, batch, lambda n: bar.update(n / near.index.shape[1]))
+        return _best(fisher_mean(near.sim, sim_Qxc.reshape(near.sim.shape)), near.index)
+
+    note = f"the trained copy detector, its {candidates} candidates per image registered; the verdict rests on it"
+    return Space(jax.jit(rows), search, note, vectors)
+
+
+def fisher_mean(*sims: np.ndarray) -> np.ndarray:
+    """Mean of correlations by Fisher's transform, in float64; those of one and the same image count as 1 - 1e-6."""
+    most = 1 - 1e-6
+    return np.tanh(np.mean([np.arctanh(np.clip(np.asarray(s, np.float64), -most, most)) for s in sims], 0))
+
+
+def _best(sim_Qxc: np.ndarray, pick_Qxc: np.ndarray) -> neighbours.Neighbours:
+    """Of each query's candidates the most similar; of equal ones that of the smaller index."""
+    order = np.lexsort((pick_Qxc, -sim_Qxc), axis=1)[:, :1]
+    take = lambda x: np.take_along_axis(x, order, 1)
+    return neighbours.Neighbours(take(sim_Qxc).astype(np.float32), take(pick_Qxc).astype(np.int32))
 
 
 def by_pairs(
@@ -108,9 +161,7 @@ def by_pairs(
         sim_Qxc = _by_batch(measure, _Pairs(query, train, pick_Qxc), batch).reshape(pick_Qxc.shape)
         if not np.isfinite(sim_Qxc).all():
             raise ValueError(f"{name}: a score is not finite")
-        order = np.lexsort((pick_Qxc, -sim_Qxc), axis=1)[:, :1]
-        take = lambda x: np.take_along_axis(x, order, 1)
-        return neighbours.Neighbours(take(sim_Qxc).astype(np.float32), take(pick_Qxc).astype(np.int32))
+        return _best(sim_Qxc, pick_Qxc)
 
     way = " or of their mirror images" if flips else ""
     averaged = "" if shape == tuple(image_shape) else f", on block averages of size {shape[:-1]}"
@@ -199,8 +250,8 @@ def measured(
         vectors[name] = np.concatenate(parts)
     train, view = sets["train"]
     planting = {"embed": space.embed, "view": view, "in_order": in_order, "batch": batch, "seed": seed}
-    planted = controls.plant(plants, train, chosen_Q, vectors["train"], search=space.search, **planting)
     search = functools.partial(space.search, train_NxD=vectors["train"])
+    planted = controls.plant(plants, train, chosen_Q, search, **planting)
     return Measured(search(vectors["synthetic"]), search(vectors["val"]).sim[:, 0], planted)
 
 
@@ -279,7 +330,7 @@ class _Pairs(Sequence):
         return np.stack([self.query[i // self.pick.shape[1]], self.train[self.pick.ravel()[i]]], 1)
 
 
-def _by_batch(fn: Callable, rows: Sequence, batch: int) -> np.ndarray:
+def _by_batch(fn: Callable, rows: Sequence, batch: int, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """`fn` of all rows, so many at a time on all devices; the last batch is filled up with its last row."""
     batch = -(-min(batch, len(rows)) // mesh.size()) * mesh.size()
 
@@ -288,4 +339,8 @@ def _by_batch(fn: Callable, rows: Sequence, batch: int) -> np.ndarray:
             part = rows[start : start + batch]
             yield np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)]), len(part)
 
-    return np.concatenate(list(mesh.stream(fn, batches())))
+    parts = []
+    for part in mesh.stream(fn, batches()):
+        parts.append(part)
+        done(len(part))
+    return np.concatenate(parts)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from detection import neighbours, rendering
+from detection import rendering
 from launch import log, mesh, stage
 
 
@@ -68,35 +68,35 @@ def fingerprint(images: Sequence, in_order: Callable[..., Iterator], batch: int)
 
 
 def embedder(
-    embed: Callable[[jax.Array], jax.Array], in_order: Callable[..., Iterator], batch: int, cache: Path | None
+    embed: Callable[[jax.Array], jax.Array], in_order: Callable[..., Iterator], batch: int, cache: Path
 ) -> Callable[..., np.ndarray]:
-    """A function `(images, view, name, content) -> (n, D)`: standardised embeddings of the images as `view` renders them.
+    """A function `(images, view, name, content) -> (n, D)`: what the images, as `view` renders them, are embedded to.
 
-    With a `cache` folder they are kept in it under the hash of the images' content (`fingerprint`) and of what the
-    first batch is embedded to, which tells the weights of the detector and of the view apart; the next audit reads them.
+    It is kept in the folder `cache` under the hash of the images' content (`fingerprint`) and of what the first batch is
+    embedded to, which tells the weights of the detector and of the view apart; the next audit reads it. A memory map, so
+    that memory does not grow with the number of images.
     """
 
-    def embeddings(images: Sequence, view: Callable, name: str, content: str | None = None) -> np.ndarray:
-        parts, path = [], None
+    def embeddings(images: Sequence, view: Callable, name: str, content: str) -> np.ndarray:
+        rows, done, path = None, 0, cache
         with log.progress(f"embedding {name}", len(images), unit="image") as bar:
             for part in mesh.stream(lambda x: embed(view(x)), in_order(images, batch)):
-                if not parts and cache and content:
+                if rows is None:
                     key = hashlib.sha256(f"{content} {part.shape}".encode() + part.astype(np.float16).tobytes())
                     path = cache / f"{key.hexdigest()[:32]}.npy"
                     if path.exists():
-                        bar.update(len(images))
-                        return np.load(path)
-                parts.append(part)
+                        break
+                    aside = path.with_suffix(f".{os.getpid()}.npy")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    rows = np.lib.format.open_memmap(aside, "w+", np.float32, (len(images), part.shape[1]))
+                rows[done : done + len(part)] = part
+                done += len(part)
                 bar.update(len(part))
-        result = neighbours.standardise(np.concatenate(parts))
-        if path:
-            if jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                aside = path.with_suffix(f".{os.getpid()}.npy")
-                np.save(aside, result)
-                os.replace(aside, path)
-            stage.barrier(f"embeddings {name}")
-        return result
+        if rows is not None:
+            rows.flush()
+            os.replace(aside, path)  # every process's rows are the same
+        stage.barrier(f"embeddings {name}")
+        return np.load(path, mmap_mode="r")
 
     return embeddings
 

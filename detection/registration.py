@@ -1,0 +1,96 @@
+"""Is one image a moved copy of another? Registers the two and correlates what then lies on top of each other.
+
+An embedding finds candidates, as well as it has learned to from the images at hand. Whether two images are one and the
+same is better seen by laying one over the other: a copy agrees in every detail, another patient does not, however alike.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+
+MOST = {2: 1024, 3: 8192}  # pixels of an image that is registered: enough detail, and quick
+ITERATIONS = 16
+FINE, COARSE = 1.0, 2.0  # pixels: deviations of the Gaussians whose difference is registered
+_PRIOR = 1e-4  # cost of a shift by a pixel, a turn by 6 degrees or a size off by a tenth; of a correlation 0 it is 2
+
+
+def shape(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Of what is registered of an image of `size`: the average of blocks, as small as leave at most MOST pixels."""
+    block = next(b for b in itertools.count(1) if np.prod([-(-n // b) for n in size]) <= MOST[len(size)])
+    return tuple(max(n // block, 1) for n in size)
+
+
+def looks(x: jax.Array) -> jax.Array:
+    """Images (B, *S, C) -> (B, *shape(S)): averaged over channels and blocks, and band-passed."""
+    size, small = x.shape[1:-1], shape(x.shape[1:-1])
+    window = (1, *(n // m for n, m in zip(size, small, strict=True)))
+    x = jax.lax.reduce_window(x.mean(-1), 0.0, jax.lax.add, window, window, "VALID") / np.prod(window)
+    return _blur(x, FINE) - _blur(x, COARSE)
+
+
+def _blur(x: jax.Array, sigma: float) -> jax.Array:
+    """Gaussian, edges extended, of (B, *s): a matrix product an axis."""
+    for axis in range(1, x.ndim):
+        rows = scipy.ndimage.gaussian_filter1d(np.eye(x.shape[axis]), sigma, axis=0, mode="nearest")
+        x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(rows, jnp.float32), (axis, 1), precision="highest"), -1, axis)
+    return x
+
+
+def correlation(moving: jax.Array, fixed: jax.Array) -> jax.Array:
+    """Pearson correlation of two `looks` (*s) where they overlap, once `moving` is turned, scaled and shifted onto `fixed`.
+
+    The move that maximises it near none is found by Gauss-Newton steps on the difference of the normalised images,
+    damped after Levenberg and Marquardt, with the Jacobian of `fixed` at no move (Hager and Belhumeur 1998, section 2),
+    so that a step costs one resampling.
+
+    Returns:
+      Scalar in [-1, 1]; 0 if one of them is blank.
+    """
+    rank, size = fixed.ndim, fixed.shape
+    middle = np.array([(n - 1) / 2 for n in size])
+    ticks = np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij")).reshape(rank, -1) - middle[:, None]
+    # moves (parameters, rank, pixels), each times its parameter: size, turns (to first order), shifts
+    turns = [np.eye(rank)[[i]].T @ np.eye(rank)[[j]] for i, j in itertools.combinations(range(rank), 2)]
+    linear = [np.eye(rank), *(turn - turn.T for turn in turns)]
+    shifts = [np.repeat(np.eye(rank)[:, [a]], ticks.shape[1], 1) for a in range(rank)]
+    moves = jnp.asarray([0.1 * (one @ ticks) for one in linear] + shifts, jnp.float32)
+    here = jnp.asarray(ticks + middle[:, None], jnp.float32)
+    last = jnp.asarray(size, jnp.float32)[:, None] - 1
+    fixed = fixed.ravel()
+
+    def normalised(image, inside):
+        image = image - (image * inside).sum() / inside.sum()
+        return image * inside / jnp.sqrt((image**2 * inside).sum() + 1e-8)
+
+    def at(p):
+        """Cost at `p`, the difference that is left, and the correlation."""
+        where = here + jnp.tensordot(p, moves, 1)
+        inside = jnp.clip(1 - jnp.maximum(-where, where - last), 0, 1).prod(0)
+        moved = normalised(jax.scipy.ndimage.map_coordinates(moving, list(where), 1, "nearest"), inside)
+        aim = normalised(fixed, inside)
+        left = moved - aim
+        return left @ left + _PRIOR * p @ p, left, moved @ aim
+
+    still = jnp.zeros(len(moves))
+    aim = normalised(fixed, jnp.ones_like(fixed))
+    slopes = jnp.stack(jnp.gradient(aim.reshape(size))).reshape(rank, -1)
+    jacobian = jnp.einsum("ax,pax->xp", slopes, moves, precision="highest")
+    jacobian = jacobian - jacobian.mean(0)
+    jacobian = jacobian - jnp.outer(aim, aim @ jacobian)  # a change of contrast changes no correlation
+    curvature = jacobian.T @ jacobian + _PRIOR * jnp.eye(len(moves))
+
+    def step(state, _):
+        p, damping, found = state
+        down = jacobian.T @ found[1] + _PRIOR * p
+        q = p - jnp.linalg.solve(curvature + damping * jnp.diag(jnp.diag(curvature)), down)
+        tried = at(q)
+        better = tried[0] < found[0]
+        p, found = jax.tree.map(functools.partial(jnp.where, better), (q, tried), (p, found))
+        return (p, jnp.where(better, damping / 4, damping * 4), found), None
+
+    (_, _, found), _ = jax.lax.scan(step, (still, jnp.float32(0.01), at(still)), None, ITERATIONS)
+    return jnp.clip(found[2], -1, 1)
