@@ -323,7 +323,7 @@ def volumes(config: ConfigDict) -> None:
     config.train.diffusion.update(steps=1000, batch=8)
     config.train.detector.update(steps=150, batch=16)
     config.sample.update(n=64, batch=16)
-    config.audit.update(batch=16, planted=16)
+    config.audit.update(batch=16, planted=16, register=4)
     config.quality.batch = 16
 
 

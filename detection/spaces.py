@@ -87,15 +87,14 @@ def correlation(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neig
 def registered(
     embed: Callable[[jax.Array], jax.Array], image_shape: tuple[int, ...], candidates: int, batch: int = 512
 ) -> Space:
-    """The space of the verdict: what an embedding finds, looked at again after laying one image over the other.
+    """The space of the verdict: an embedding finds candidates, and laying one image over the other decides.
 
-    Of each query's `candidates` nearest training images by the correlation of embeddings, the similarity is the mean of
-    that correlation and of the two images' own correlation once they are registered, the query as it is or mirrored along
-    the last axis: the mean after Fisher's transform, in which correlations near one are as far apart as they are near
-    zero. With no candidates, the correlation of embeddings alone.
+    The similarity is the correlation of a query with one of its `candidates` nearest training images by embeddings, once
+    they are registered (`registration.correlation`), the query as it is or mirrored along the last axis. With no
+    candidates, it is the correlation of embeddings alone.
     """
     if not candidates:
-        return by_correlation(embed, "the trained copy detector; the verdict rests on it")
+        return by_correlation(embed, "the trained copy detector; decides")
     shape = registration.shape(image_shape[:-1])
     wide = int(np.prod(shape))
     overlaid = jax.vmap(registration.correlation)
@@ -111,16 +110,12 @@ def registered(
         pairs = _Pairs(looks(query_QxD), looks(train_NxD), near.index)
         with log.progress("registering", len(query_QxD), unit="image") as bar:
             sim_Qxc = _by_batch(measure, pairs, batch, lambda n: bar.update(n / near.index.shape[1]))
-        return _best(fisher_mean(near.sim, sim_Qxc.reshape(near.sim.shape)), near.index)
+        return _best(sim_Qxc.reshape(near.index.shape), near.index)
 
-    note = f"the trained copy detector, its {candidates} candidates per image registered; the verdict rests on it"
+    note = (
+        f"correlation after registration, of each image's {candidates} candidates by the trained copy detector; decides"
+    )
     return Space(jax.jit(rows), search, note, vectors)
-
-
-def fisher_mean(*sims: np.ndarray) -> np.ndarray:
-    """Mean of correlations by Fisher's transform, in float64; those of one and the same image count as 1 - 1e-6."""
-    most = 1 - 1e-6
-    return np.tanh(np.mean([np.arctanh(np.clip(np.asarray(s, np.float64), -most, most)) for s in sims], 0))
 
 
 def _best(sim_Qxc: np.ndarray, pick_Qxc: np.ndarray) -> neighbours.Neighbours:

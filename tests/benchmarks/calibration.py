@@ -19,7 +19,7 @@ import data
 import detection
 import main
 from data import copies
-from detection import calibrate, controls, neighbours, views
+from detection import calibrate, controls, views
 from launch import machine, mesh
 
 DRAWS = 400
@@ -30,17 +30,17 @@ def scores(config, workdir):
     """Scores to the nearest training image: of every unseen image, with its patient; of copies by (kind, strength)."""
     sets = data.load(**config.data.to_dict())
     model = main.train_detector(config, workdir / "detector", sets, purpose=2)
-    embed = detection.embedder(model)
-    embeddings = views.embedder(embed, data.in_order, config.audit.batch, None)
-    gallery = embeddings(sets["train"].images, views.as_it_is, "train")
-    unseen = [
-        neighbours.nearest(embeddings(sets[name].images, views.as_it_is, name), gallery).sim[:, 0]
-        for name in ("val", "control")
-    ]
+    space = detection.registered(detection.embedder(model), model.image_shape, config.audit.register)
+    rows = lambda name: np.concatenate(
+        list(mesh.stream(space.embed, data.in_order(sets[name].images, config.audit.batch)))
+    )
+    gallery = rows("train")
+    search = lambda query: space.search(query, gallery)
+    unseen = [search(rows(name)).sim[:, 0] for name in ("val", "control")]
     patients = np.concatenate([sets[name].patients for name in ("val", "control")])
     chosen = controls.choose(sets["train"].patients, 128, config.seed)
     planted = controls.plant(
-        copies.grid(), sets["train"].images, chosen, gallery, embed=embed, view=views.as_it_is,
+        copies.grid(), sets["train"].images, chosen, search, embed=space.embed, view=views.as_it_is,
         in_order=data.in_order, batch=config.audit.batch, seed=config.seed,
     )  # fmt: skip
     return np.concatenate(unseen), patients, planted

@@ -5,9 +5,9 @@
 For each data set, copies of every unseen (validation and control) image are planted in a gallery of those same images:
 identity, rotation by 3 to 5 degrees, flip, shift by up to 4 pixels, scale by 8 %, gamma, noise, blur, and all combined.
 Recall: the copy's nearest image in the gallery scores above the threshold that 1 % or 5 % of the unseen images reach with
-their nearest image of another patient. Intervals resample patients. Detectors: ours, the paper's, ours untrained, pixel
-correlation, SSIM (on the 16 nearest by pixels); ours and the paper's also when trained on another data set of the same
-rank. Writes WORKDIR/detectors.json and prints a table.
+their nearest image of another patient. Intervals resample patients. Detectors: ours, ours without registration, the
+paper's, ours untrained, pixel correlation, SSIM (on the 16 nearest by pixels); those that learn also when trained on another
+data set of the same rank. Writes WORKDIR/detectors.json and prints a table.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def configs(nih, hippocampus):
         config.data.update(path=hippocampus, size=(32, 48, 32), intensity="percentile:0.5:99.5", fit="pad")
         config.data.fractions = {"train": 0.5, "select": 0.1, "val": 0.2, "control": 0.2}
         config.train.detector.batch = 32
+        config.audit.register = 4
     return made
 
 
@@ -66,27 +67,51 @@ def plant(kind, key, x):
     return augment.noise(keys[5], x, 0.1) if on("noise") else jnp.clip(x, -1, 1)
 
 
+def rows(embed, x):
+    return np.concatenate(list(mesh.stream(jax.jit(embed), data.in_order(x, 64))))
+
+
 def by_vectors(embed):
-    """(queries, gallery) -> similarity matrix, by correlation of vectors."""
-    vectors = lambda x: neighbours.standardise(np.concatenate(list(mesh.stream(jax.jit(embed), data.in_order(x, 64)))))
-    return lambda query, gallery: vectors(query) @ vectors(gallery).T
+    """(queries, gallery, which pairs count) -> similarity matrix, by correlation of vectors; -2 where they do not count."""
+    vectors = lambda x: neighbours.standardise(rows(embed, x))
+    return lambda query, gallery, counts=True: np.where(counts, vectors(query) @ vectors(gallery).T, -2)
 
 
-def by_ssim(query, gallery):
+def by_registration(embed, image_shape, candidates):
+    """The same after registering each query's candidates by vectors, as the audit does; others get -1."""
+    space = detection.registered(embed, image_shape, candidates)
+
+    def similar(query, gallery, counts=True):
+        counts = np.broadcast_to(counts, (len(query), len(gallery)))
+        sim = np.where(counts, -1.0, -2.0)
+        query, gallery = rows(space.embed, query), rows(space.embed, gallery)
+        groups, group = np.unique(
+            counts, axis=0, return_inverse=True
+        )  # queries that may be held against the same images
+        for i, allowed in enumerate(groups):
+            mine, places = np.flatnonzero(group.ravel() == i), np.flatnonzero(allowed)
+            found = space.search(query[mine], gallery[places])
+            sim[mine, places[found.index[:, 0]]] = found.sim[:, 0]
+        return sim
+
+    return similar
+
+
+def by_ssim(query, gallery, counts=True):
     """The same by SSIM, on the 16 nearest by pixels; others get -1."""
-    pixels = by_vectors(views.pixels)(query, gallery)
+    pixels = by_vectors(views.pixels)(query, gallery, counts)
     near = np.argsort(-pixels, axis=1)[:, :16]
     score = jax.jit(similarity.ssim)
     sim = np.full(pixels.shape, -1.0)
     for i, places in enumerate(near):
         sim[i, places] = score(np.repeat(query[i : i + 1], 16, 0), gallery[places])
-    return sim
+    return np.where(counts, sim, -2)
 
 
 def recalls(similar, x, patients, copies):
     """{kind: recall at 1 %, at 5 %, share with the right image}, the mean over kinds, and its interval over patients."""
     other = patients[:, None] != patients
-    unseen = np.where(other, similar(x, x), -2).max(1)
+    unseen = similar(x, x, other).max(1)
     limits = [np.quantile(unseen, q, method="higher") for q in (0.99, 0.95)]
     rows = {}
     for kind, made in copies.items():
@@ -112,13 +137,14 @@ def recalls(similar, x, patients, copies):
 def run(nih, hippocampus, workdir):
     workdir = Path(workdir)
     machine.start()
-    result = {}
+    result, candidates = {}, {}
     with jax.set_mesh(mesh.make(1)):
         made = configs(nih, hippocampus)
         sets = {name: data.load(**config.data.to_dict()) for name, config in made.items()}
         models = {}
         for name, config in made.items():
             models[name, "ours"] = main.train_detector(config, workdir / name / "ours", sets[name], purpose=2)
+            candidates[name] = config.audit.register
             default.paper_detector(config)
             config.detector.update(widths=(16, 32, 64, 128), blocks=(1, 1, 1, 1))
             models[name, "paper"] = main.train_detector(config, workdir / name / "paper", sets[name], purpose=2)
@@ -133,7 +159,12 @@ def run(nih, hippocampus, workdir):
             for (source, which), model in models.items():
                 if len(model.image_shape) == x.ndim - 1:
                     label = which if source == name else f"{which}, trained on {source}"
-                    result[f"{name} | {label}"] = recalls(by_vectors(detection.embedder(model)), x, patients, copies)
+                    embed = detection.embedder(model)
+                    if which == "ours":
+                        registered = by_registration(embed, model.image_shape, candidates[name])
+                        result[f"{name} | {label}"] = recalls(registered, x, patients, copies)
+                        label += ", without registration"
+                    result[f"{name} | {label}"] = recalls(by_vectors(embed), x, patients, copies)
             fresh = detection.untrained(models[name, "ours"], jax.random.key(1))
             for label, similar in (
                 ("untrained", by_vectors(fresh)),

@@ -1,0 +1,82 @@
+"""Registration: copies moved by scipy are laid back onto their originals, other images are not, whatever their contrast."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from detection import neighbours, registration, spaces, views
+
+SIZES = [(64, 64), (28, 24, 24)]
+overlaid = jax.jit(jax.vmap(registration.correlation))
+
+
+def people(seed, n, size):
+    """n random fields with the spectrum of natural images."""
+    rng = np.random.default_rng(seed)
+    f = np.sqrt(sum(np.square(g) for g in np.meshgrid(*[np.fft.fftfreq(m) for m in size], indexing="ij")))
+    f.flat[0] = np.inf
+    axes = range(1, len(size) + 1)
+    fields = np.fft.ifftn(np.fft.fftn(rng.normal(size=(n, *size)), axes=axes) / f ** (len(size) / 2), axes=axes).real
+    return (fields / (3.5 * fields.std())).clip(-1, 1).astype(np.float32)[..., None]
+
+
+def moved(x, seed):
+    """Each image turned by 5 degrees, its size off by 7 %, and shifted by up to 4 pixels, by scipy."""
+    rng, rank = np.random.default_rng(seed), x.ndim - 2
+    out = np.empty_like(x)
+    for i, image in enumerate(x[..., 0]):
+        angle, matrix = np.radians(rng.choice([-5, 5])), np.eye(rank)
+        matrix[-2:, -2:] = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        matrix *= rng.choice([1.07, 1 / 1.07])
+        middle = (np.array(image.shape) - 1) / 2
+        offset = middle - matrix @ middle + rng.uniform(-4, 4, rank)
+        out[i, ..., 0] = ndimage.affine_transform(image, matrix, offset, order=1, mode="nearest")
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_moved_copies_are_told_from_others(size):
+    x = people(0, 16, size)
+    looks = jax.jit(registration.looks)
+    fixed, copy = np.asarray(looks(x)), np.asarray(looks(moved(x, 1)))
+    same, other = np.asarray(overlaid(copy, fixed)), np.asarray(overlaid(copy, np.roll(fixed, 1, 0)))
+    plain = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(copy, fixed, strict=True)]
+    assert np.median(plain) < 0.75, "without registration they do not match: the test asks for something"
+    assert same.min() > other.max() + 0.2 and np.median(same) > 0.85
+    np.testing.assert_allclose(overlaid(fixed, fixed), 1, atol=1e-5)
+    brighter = np.asarray(looks((0.5 * x + 0.3).astype(np.float32)))
+    np.testing.assert_allclose(overlaid(brighter, fixed), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_blank_image_is_like_nothing(size):
+    x = people(2, 2, size)
+    looks = np.asarray(registration.looks(np.concatenate([x, np.zeros_like(x), np.full_like(x, 0.7)])))
+    sim = np.asarray(overlaid(looks[[0, 2, 2, 3]], looks[[2, 1, 2, 3]]))
+    assert np.isfinite(sim).all() and np.abs(sim).max() < 0.01
+
+
+def test_what_is_registered_is_small():
+    assert registration.shape((512, 512)) == (32, 32) and registration.shape((20, 31)) == (20, 31)
+    assert np.prod(registration.shape((155, 240, 240))) <= registration.MOST[3]
+    assert registration.looks(np.ones((2, 512, 500, 3), np.float32)).shape == (2, 32, 31), "in proportion"
+
+
+def test_candidates_are_registered_and_mirrored_copies_found():
+    train = people(3, 40, (64, 64))
+    query = np.concatenate([moved(train[:6], 4), moved(train[6:12], 5)[:, :, ::-1]])
+    embed = lambda x: views.pixels(x) + views.pixels(x[:, :, ::-1])  # sees a mirrored image as its original
+    space = spaces.registered(embed, (64, 64, 1), candidates=40, batch=48)
+    rows = np.asarray(space.embed(train))
+    found = space.search(np.asarray(space.embed(query)), rows)
+    np.testing.assert_array_equal(found.index[:, 0], np.arange(12))
+    np.testing.assert_allclose(space.vectors(rows), neighbours.standardise(np.asarray(embed(train))), atol=1e-6)
+    itself = space.search(rows, rows)
+    np.testing.assert_array_equal(itself.index[:, 0], np.arange(40))
+    assert (itself.sim > 0.9999).all() and itself.sim.shape == (40, 1)
+    alone = spaces.registered(embed, (64, 64, 1), candidates=0)
+    np.testing.assert_array_equal(
+        alone.search(np.asarray(alone.embed(query)), np.asarray(alone.embed(train))).sim,
+        spaces.correlation(np.asarray(embed(query)), np.asarray(embed(train))).sim,
+    )
