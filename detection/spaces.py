@@ -97,25 +97,34 @@ def registered(
         return by_correlation(embed, "the trained copy detector; decides")
     shape = registration.shape(image_shape[:-1])
     wide = int(np.prod(shape))
-    overlaid = jax.vmap(registration.correlation)
-    measure = jax.jit(lambda p: jnp.maximum(overlaid(p[:, 0], p[:, 1]), overlaid(jnp.flip(p[:, 0], -1), p[:, 1])))
     vectors = lambda rows: neighbours.standardise(rows[:, :-wide])
+    looks = lambda rows: rows[:, -wide:].reshape(-1, *shape)
 
     def rows(x: jax.Array) -> jax.Array:
         return jnp.concatenate([embed(x), registration.looks(x).reshape(len(x), -1)], 1)
 
     def search(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
         near = neighbours.nearest(vectors(query_QxD), vectors(train_NxD), k=min(candidates, len(train_NxD)))
-        looks = lambda rows: rows[:, -wide:].reshape(-1, *shape)
-        pairs = _Pairs(looks(query_QxD), looks(train_NxD), near.index)
-        with log.progress("registering", len(query_QxD), unit="image") as bar:
-            sim_Qxc = _by_batch(measure, pairs, batch, lambda n: bar.update(n / near.index.shape[1]))
-        return _best(sim_Qxc.reshape(near.index.shape), near.index)
+        return _best(overlaid(looks(query_QxD), looks(train_NxD), near.index, batch), near.index)
 
     note = (
         f"correlation after registration, of each image's {candidates} candidates by the trained copy detector; decides"
     )
     return Space(jax.jit(rows), search, note, vectors)
+
+
+def overlaid(query: np.ndarray, train: np.ndarray, pick_Qxc: np.ndarray, batch: int = 512) -> np.ndarray:
+    """Correlation (Q, c) of looks (see `registration`) with those picked, registered as they are or mirrored."""
+    with log.progress("registering", len(query), unit="image") as bar:
+        sim = _by_batch(_registered, _Pairs(query, train, pick_Qxc), batch, lambda n: bar.update(n / pick_Qxc.shape[1]))
+    return sim.reshape(pick_Qxc.shape)
+
+
+@jax.jit
+def _registered(pairs: jax.Array) -> jax.Array:
+    one = jax.vmap(registration.correlation)
+    moving, fixed = pairs[:, 0], pairs[:, 1]
+    return jnp.maximum(one(moving, fixed), one(jnp.flip(moving, -1), fixed))
 
 
 def _best(sim_Qxc: np.ndarray, pick_Qxc: np.ndarray) -> neighbours.Neighbours:

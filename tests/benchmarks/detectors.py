@@ -23,7 +23,7 @@ import detection
 import main
 from configs import default
 from data import augment
-from detection import neighbours, views
+from detection import neighbours, registration, spaces, views
 from launch import machine, mesh
 from ldm import similarity
 
@@ -77,22 +77,16 @@ def by_vectors(embed):
     return lambda query, gallery, counts=True: np.where(counts, vectors(query) @ vectors(gallery).T, -2)
 
 
-def by_registration(embed, image_shape, candidates):
+def by_registration(embed, candidates):
     """The same after registering each query's candidates by vectors, as the audit does; others get -1."""
-    space = detection.registered(embed, image_shape, candidates)
+    near, looks = by_vectors(embed), lambda x: rows(registration.looks, x)
 
     def similar(query, gallery, counts=True):
-        counts = np.broadcast_to(counts, (len(query), len(gallery)))
-        sim = np.where(counts, -1.0, -2.0)
-        query, gallery = rows(space.embed, query), rows(space.embed, gallery)
-        groups, group = np.unique(
-            counts, axis=0, return_inverse=True
-        )  # queries that may be held against the same images
-        for i, allowed in enumerate(groups):
-            mine, places = np.flatnonzero(group.ravel() == i), np.flatnonzero(allowed)
-            found = space.search(query[mine], gallery[places])
-            sim[mine, places[found.index[:, 0]]] = found.sim[:, 0]
-        return sim
+        vectors = near(query, gallery, counts)
+        pick = np.argsort(-vectors, axis=1)[:, :candidates]
+        sim = np.full(vectors.shape, -1.0)
+        np.put_along_axis(sim, pick, spaces.overlaid(looks(query), looks(gallery), pick), 1)
+        return np.where(counts, sim, -2)
 
     return similar
 
@@ -161,7 +155,7 @@ def run(nih, hippocampus, workdir):
                     label = which if source == name else f"{which}, trained on {source}"
                     embed = detection.embedder(model)
                     if which == "ours":
-                        registered = by_registration(embed, model.image_shape, candidates[name])
+                        registered = by_registration(embed, candidates[name])
                         result[f"{name} | {label}"] = recalls(registered, x, patients, copies)
                         label += ", without registration"
                     result[f"{name} | {label}"] = recalls(by_vectors(embed), x, patients, copies)
