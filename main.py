@@ -144,14 +144,13 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         ssim=ldm.ssim,
         latents=ldm.latents(generator) if render else None,
     )
-    registered = lambda embed: detection.registered(embed, model.image_shape, candidates)
     result = detection.audit(
-        registered(embed),
+        detection.registered(embed, model.image_shape, candidates),
         sets,
         synthetic,
         render=render,
         plants=plants,
-        again=again and registered(detection.embedder(again)),
+        again=again and detection.by_correlation(detection.embedder(again)),
         others=others | given,
         losses=losses,
         described={"config": config.to_dict(), "environment": log.provenance()},

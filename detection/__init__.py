@@ -2,6 +2,6 @@
 
 from detection.audit import audit
 from detection.detector import Detector, build, embedder, task, train, untrained
+from detection.spaces import by_correlation, registered
 from detection.spaces import chosen as spaces_of
-from detection.spaces import registered
 from detection.verdict import EXIT

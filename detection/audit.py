@@ -69,7 +69,7 @@ def audit(
         so that like is compared with like. None, for images made elsewhere: real and synthetic images are filtered to
         their common power spectrum instead.
       plants: the kinds of near-copies that the positive control plants; of `planted` training patients each.
-      again: that of a detector of another seed, that examines what is released.
+      again: that of a detector of another seed, without registration, that examines what is released.
       others: name -> other similarity spaces to report beside the detector's; see `evidence.side_by_side`.
       losses, levels: the generator's denoising losses for the membership test, (B, *S, C) -> (B, L), at the noise levels
         t / T; None where the generator is not ours.
@@ -162,7 +162,7 @@ def audit(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         outputs.write_verdicts(folder / "verdicts.csv", synthetic.ids, train, ours.hits, test)
-        outputs.draw(folder, ours.hits, ours.null_M, synthetic, train, test, result, pairs)
+        outputs.draw(folder, ours.hits, synthetic, train, test, result, pairs)
         top = report.top_pairs(
             synthetic, train, ours.hits.index[:, 0], ours.hits.sim[:, 0], test.p_K, test.flagged_K, pairs
         )
@@ -224,7 +224,7 @@ def judge(
 
 
 def examined_again(spaces: Mapping[str, Space], judge: Callable[[Space], dict], policy: dict[str, float]) -> dict:
-    """What is left after a filter, by scores that the filter did not use: filtering on a score hides that score.
+    """What is left after a filter, by scores that the filter did not use, so not registered: filtering hides its score.
 
     Returns:
       again: for each space the flagged images, the recall on planted copies, and the verdict. verdict: FAIL if any space
@@ -246,15 +246,14 @@ def examined_again(spaces: Mapping[str, Space], judge: Callable[[Space], dict], 
 def paper_section(
     raw: Mapping[str, np.ndarray], control_CxD: np.ndarray, train: Any, control: Any, *, percentile: float, seed: int
 ) -> dict[str, Any]:
-    """The paper's rule on images as they are, and what it says of unseen people (`control_CxD`, rendered as samples)."""
+    """The paper's rule, by embeddings of images as they are, and what it says of unseen people (`control_CxD`, rendered as samples)."""
     train_NxD, val_MxD, syn_KxD = (raw[name] for name in ("train", "val", "synthetic"))
     best = lambda query, key: neighbours.nearest(query, key).sim[:, 0]
     k = len(syn_KxD)
-    rule = calibrate.paper_rule(
-        best(train_NxD, val_MxD), best(train_NxD, syn_KxD), best(syn_KxD, train_NxD), percentile
-    )
+    syn_K, control_C = best(syn_KxD, train_NxD), best(control_CxD, train_NxD)
+    rule = calibrate.paper_rule(best(train_NxD, val_MxD), best(train_NxD, syn_KxD), syn_K, percentile)
     above_N = neighbours.count_above(train_NxD, control_CxD, rule.threshold)
-    floor = calibrate.null_floor(rule.threshold, best(control_CxD, train_NxD), control.patients, above_N, k, seed=seed)
+    floor = calibrate.null_floor(rule.threshold, control_C, control.patients, above_N, k, seed=seed)
     copied_N = neighbours.count_above(train_NxD, syn_KxD, rule.threshold)
     matched = extraction.mem_rate_size_matched(copied_N, train.patients, k, len(val_MxD), seed=seed)
     return {
@@ -271,6 +270,7 @@ def paper_section(
         "null_mem_rate_extrapolated": floor.extrapolated,
         "null_copy_rate": floor.copy_rate,
         "null_copy_rate_ci": list(floor.copy_rate_ci),
+        "histogram": outputs.histogram(syn_K, best(val_MxD, train_NxD), control_C),
     }
 
 

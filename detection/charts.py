@@ -68,8 +68,20 @@ def round_top(values: Any, least: float = 0.0) -> float:
 
 
 def histogram(result: Mapping[str, Any]) -> Chart:
+    """Similarity by which the calibrated test decides, with the score that it flags from."""
+    calibrated = result["calibrated"]
+    flagged = ("calibrated", f"flagged from (FDR {calibrated['fdr']:g})", calibrated.get("threshold"))
+    needed = ("calibrated", "score copies would have needed", calibrated.get("needed_score"))
+    return similarities(result["histogram"], [needed if flagged[2] is None else flagged])
+
+
+def paper_histogram(result: Mapping[str, Any]) -> Chart:
+    """Similarity by which the paper's rule decides, with its threshold."""
+    return similarities(result["paper"]["histogram"], [("paper", "the paper's rule", result["paper"]["threshold"])])
+
+
+def similarities(counted: Mapping[str, Any], thresholds: Sequence[tuple[str, str, float | None]]) -> Chart:
     """Similarity to the nearest training image: share of the synthetic, the unseen and the control images per bin."""
-    counted = result["histogram"]
     edges = np.asarray(counted["edges"], float)
     x = axis(edges[0], edges[-1], "similarity to the nearest training image", most=6)
     share = {
@@ -88,14 +100,6 @@ def histogram(result: Mapping[str, Any]) -> Chart:
         top = int(np.argmax(heights))
         middle = float(x.at((edges[top] + edges[top + 1]) / 2))
         labels.append(Label(name, f"{names[name]} ({sum(counted[name]):,})", middle, float(100 - y.at(heights[top]))))
-    calibrated, paper = result["calibrated"], result["paper"]
-    thresholds = [
-        ("calibrated", f"flagged from (FDR {calibrated['fdr']:g})", calibrated.get("threshold")),
-        ("calibrated", "score copies would have needed", calibrated.get("needed_score")),
-        ("paper", "the paper's rule", paper.get("threshold")),
-    ]
-    if calibrated.get("threshold") is not None:
-        del thresholds[1]
     marks = [
         (style, text, value) for style, text, value in thresholds if value is not None and x.low <= value <= x.high
     ]

@@ -1,7 +1,7 @@
 """The audit's two pictures. Written whole or not at all."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,39 +72,35 @@ def pairs(
     save(figure, path)
 
 
-def histogram(
-    path: Path,
-    synthetic_K: np.ndarray,
-    unseen_M: np.ndarray,
-    thresholds: Sequence[tuple[str, float | None, str]],
-    title: str,
-) -> None:
+Panel = tuple[str, Mapping[str, Sequence[float]], Sequence[tuple[str, float | None, str]]]
+
+
+def histogram(path: Path, panels: Sequence[Panel]) -> None:
     """Similarity to the nearest training image: synthetic images against unseen real patients, with thresholds.
 
     Args:
-      thresholds: (name, position or None, line style) each.
+      panels: (title, counts as `outputs.histogram` gives them, (name, position or None, line style) of each threshold).
     """
-    low = min(synthetic_K.min(), unseen_M.min())
-    bins = np.linspace(low, 1.0, 60)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for values, color, hatch, label in (
-        (unseen_M, UNSEEN, "////", f"unseen real patients ({len(unseen_M)} images)"),
-        (synthetic_K, SYNTHETIC, None, f"synthetic images ({len(synthetic_K)})"),
+    figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
+    for axis, (title, counted, thresholds) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
-        look = dict(histtype="stepfilled", facecolor=(color, 0.35), edgecolor=color, hatch=hatch, linewidth=1.2)
-        axis.hist(values, bins, weights=np.full(len(values), 100 / len(values)), label=label, **look)
-    axis.set_ylim(0, 1.4 * axis.get_ylim()[1])  # room for the legend
-    handles, _ = axis.get_legend_handles_labels()
-    for name, position, style in thresholds:
-        if position is not None:
-            axis.axvline(position, color="black", linestyle=style, linewidth=1.3)
-            handles.append(Line2D([], [], color="black", linestyle=style, label=f"{name}: {position:.3f}"))
-    axis.set(
-        xlabel="similarity to the nearest training image", ylabel="% of the images", title=title, xlim=(low, 1.005)
-    )
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
+        for name, color, hatch, label in (
+            ("unseen", UNSEEN, "////", "unseen real patients ({} images)"),
+            ("synthetic", SYNTHETIC, None, "synthetic images ({})"),
+        ):
+            share = 100 * np.asarray(counted[name]) / sum(counted[name])
+            look = dict(facecolor=(color, 0.35), edgecolor=color, hatch=hatch, linewidth=1.2, fill=True)
+            axis.stairs(share, counted["edges"], label=label.format(sum(counted[name])), **look)
+        axis.set_ylim(0, 1.4 * axis.get_ylim()[1])  # room for the legend
+        handles, _ = axis.get_legend_handles_labels()
+        for name, position, style in thresholds:
+            if position is not None:
+                axis.axvline(position, color="black", linestyle=style, linewidth=1.3)
+                handles.append(Line2D([], [], color="black", linestyle=style, label=f"{name}: {position:.3f}"))
+        axis.set(xlabel="similarity to the nearest training image", ylabel="% of the images", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
     save(figure, path)
 
 

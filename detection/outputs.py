@@ -34,7 +34,6 @@ def write_verdicts(
 def draw(
     folder: Path,
     hits: neighbours.Neighbours,
-    null_M: np.ndarray,
     synthetic: Any,
     train: Any,
     test: calibrate.Calibrated,
@@ -56,16 +55,24 @@ def draw(
         test.flagged_K[top],
         f"The {len(top)} most similar pairs: synthetic image, nearest training image, difference (red: flagged as copy)",
     )
+    calibrated, paper, k = result["calibrated"], result["paper"], result["n_syn"]
     figures.histogram(
         folder / "histogram.png",
-        sim_K,
-        null_M,
         [
-            (f"calibrated threshold (FDR {result['calibrated']['fdr']:g})", test.threshold, "-"),
-            ("score the fewest flaggable copies would need", None if test.flagged_K.any() else test.needed, ":"),
-            ("the paper's rule, set on images as they are", result["paper"]["threshold"], "--"),
+            (
+                f"calibrated test: {calibrated['n_copies']} of {k} synthetic images flagged",
+                result["histogram"],
+                [
+                    (f"flagged from (FDR {calibrated['fdr']:g})", test.threshold, "-"),
+                    ("the fewest flaggable copies would need", None if test.flagged_K.any() else test.needed, ":"),
+                ],
+            ),
+            (
+                f"the paper's rule: {paper['n_copies']} of {k} above its threshold",
+                paper["histogram"],
+                [("the paper's threshold", paper["threshold"], "--")],
+            ),
         ],
-        f"{result['calibrated']['n_copies']} of {result['n_syn']} synthetic images flagged as copies",
     )
 
 

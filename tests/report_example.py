@@ -111,6 +111,8 @@ def complete(result, found, verdict="FAIL", seed=0):
     images, patients = curve(1.2), curve(1.0)
     low = min(float(min(found[name].min() for name in ("sim", "null", "control"))), 0.5)
     edges = np.linspace(low, 1, 61)
+    sets = (("synthetic", "sim"), ("unseen", "null"), ("control", "control"))
+    counted = {"edges": edges.tolist(), **{n: np.histogram(found[key], edges)[0].tolist() for n, key in sets}}
     levels = [round(x, 3) for x in np.linspace(0.05, 0.95, 10)]
     auc = [float(0.5 + 0.28 * np.exp(-(((t - 0.4) / 0.25) ** 2))) for t in levels]
     val_loss = [float(1.2 * np.exp(-3.2 * t) + 0.02) for t in levels]
@@ -131,6 +133,7 @@ def complete(result, found, verdict="FAIL", seed=0):
             "mem_rate_size_matched": 0.8812,
             "mem_rate_size_matched_ci": [0.7551, 0.9614],
             "mem_rate_size_matched_extrapolated": False,
+            "histogram": counted,
         },
         "calibrated": {
             **result["calibrated"],
@@ -310,13 +313,7 @@ def complete(result, found, verdict="FAIL", seed=0):
             {"patient": str(name), "n_copies": int(count)}
             for name, count in sorted(zip(names, counts, strict=True), key=lambda row: (-row[1], row[0]))
         ],
-        "histogram": {
-            "edges": edges.tolist(),
-            **{
-                name: np.histogram(found[key], edges)[0].tolist()
-                for name, key in (("synthetic", "sim"), ("unseen", "null"), ("control", "control"))
-            },
-        },
+        "histogram": counted,
         "provenance": {
             "config": {
                 "seed": 0,

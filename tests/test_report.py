@@ -29,7 +29,7 @@ OPTIONAL = {  # section of the page -> key of audit.json
     "provenance": "provenance",
 }
 LISTED = {  # leaves that are drawn, not printed
-    *(f"/histogram/{key}" for key in ("edges", "synthetic", "unseen", "control")),
+    *(f"{of}/histogram/{key}" for of in ("", "/paper") for key in ("edges", "synthetic", "unseen", "control")),
     *(f"/extraction/{key}" for key in ("draws", "images", "images_ci", "patients", "patients_ci", "extrapolated")),
     *(f"/membership/{key}" for key in ("levels", "train_loss", "val_loss", "gap", "gap_ci", "auc", "auc_ci")),
     *(f"/membership/control/{key}" for key in ("auc", "auc_ci")),
