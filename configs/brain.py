@@ -1,6 +1,8 @@
 """A semi-synthetic brain MR cohort that needs no download: few subjects, long training, so that the model memorizes.
 
 python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=runs/brain
+
+Two CPU cores: about six minutes and 1.5 GiB. Every sample is expected to be a copy; with `:early` and `:large` none.
 """
 
 from ml_collections import ConfigDict

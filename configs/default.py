@@ -177,7 +177,7 @@ def get_config(variant: str = "") -> ConfigDict:
     parts = {"accumulate": 1}  # parts of a batch that pass through the model one after the other, to save memory
     train.autoencoder = ConfigDict({"steps": 400, "batch": 16, "optimiser": adam, **parts, **run})
     train.diffusion = ConfigDict(
-        {"steps": 900, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **parts, **run}
+        {"steps": 750, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **parts, **run}
     )
     train.vae = ConfigDict({"steps": 1000, "batch": 16, "optimiser": adam, **parts, **run})
     player = {**adam, "rate": 5e-4, "b1": 0.0, "b2": 0.99}  # each player's; momentum of none steadies the game
@@ -215,7 +215,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "batch": 64,  # images embedded at a time
             # nearest training images of each image that are laid over it before the nearest is named; 0: none, the verdict
             # rests on the detector's embeddings alone, as the paper's does
-            "register": 16,
+            "register": 8,
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released
             "release": config_dict.placeholder(str),
