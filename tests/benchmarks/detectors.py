@@ -23,7 +23,7 @@ import detection
 import main
 from configs import default
 from data import augment
-from detection import neighbours, registration, spaces, views
+from detection import calibrate, neighbours, registration, spaces, views
 from launch import machine, mesh
 from ldm import similarity
 
@@ -119,10 +119,12 @@ def recalls(similar, x, patients, copies):
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(names), (DRAWS, len(names)))
     draws = np.array([sums[i].sum(0) / counts[i].sum() for i in picks])
+    mean, mean_ci = each.mean(0), np.quantile(draws, [0.025, 0.975], axis=0).T
+    mean_ci[mean == 1] = calibrate.clopper_pearson(len(names), len(names))  # draws of what is always found say nothing
     return {
         "kinds": {kind: row.mean(0).tolist() for kind, row in rows.items()},
-        "mean": each.mean(0).tolist(),
-        "mean_ci": np.quantile(draws, [0.025, 0.975], axis=0).T.tolist(),
+        "mean": mean.tolist(),
+        "mean_ci": mean_ci.tolist(),
         "n": len(x),
         "n_patients": len(names),
     }
