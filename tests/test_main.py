@@ -76,7 +76,15 @@ def test_the_whole_path(whole):
     assert audit["calibrated"]["n_copies"] == sum(line.endswith(",1") for line in verdicts.splitlines()[1:])
     assert verdicts.splitlines()[0] == "image,nearest,nearest_patient,similarity,p_value,flagged"
     assert {"jpeg", "autoencoder", "re-noise"} <= {planted["kind"] for planted in audit["positive_control"]}
-    assert audit["spaces"].keys() == {"detector", "untrained", "pixels", "shifted pixels", "SSIM", "latents"}
+    assert audit["spaces"].keys() == {
+        "detector",
+        "detector alone",
+        "untrained",
+        "pixels",
+        "shifted pixels",
+        "SSIM",
+        "latents",
+    }
     for name in ("pairs.png", "histogram.png"):
         assert np.asarray(PIL.Image.open(whole / "audit" / name)).std() > 1
     judged = json.loads((whole / "quality.json").read_text())
