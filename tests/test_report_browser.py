@@ -72,7 +72,7 @@ def test_all_is_drawn_and_legible(page, tmp_path, width, scheme):
     assert found["width"] == width and found["dark"] == (scheme == 0)
     assert found["scroll"] <= width, "no scrolling sideways"
     assert len(found["images"]) == 18 and all(min(size) > 0 for size in found["images"])
-    assert len(found["charts"]) == 7
+    assert len(found["charts"]) == 8
     assert all(right - left > 1 and bottom - top > 1 for left, top, right, bottom in found["svgs"])
     assert all((right - left) + (bottom - top) > 3 for left, top, right, bottom in found["marks"])
     assert min(found["size"]) >= 12, "pixels"
