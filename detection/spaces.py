@@ -6,6 +6,7 @@ learned nothing is one that sees no more than an untrained one does, or than pix
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,16 +97,15 @@ def registered(
     if not candidates:
         return by_correlation(embed, "the trained copy detector; decides")
     shape = registration.shape(image_shape[:-1])
-    wide = int(np.prod(shape))
+    wide = math.prod(shape)
     vectors = lambda rows: neighbours.standardise(rows[:, :-wide])
-    looks = lambda rows: rows[:, -wide:].reshape(-1, *shape)
 
     def rows(x: jax.Array) -> jax.Array:
         return jnp.concatenate([embed(x), registration.looks(x).reshape(len(x), -1)], 1)
 
     def search(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
         near = neighbours.nearest(vectors(query_QxD), vectors(train_NxD), k=min(candidates, len(train_NxD)))
-        return _best(overlaid(looks(query_QxD), looks(train_NxD), near.index, batch), near.index)
+        return _best(overlaid(query_QxD, train_NxD, near.index, shape, batch), near.index)
 
     note = (
         f"correlation after registration, of each image's {candidates} candidates by the trained copy detector; decides"
@@ -113,17 +113,24 @@ def registered(
     return Space(jax.jit(rows), search, note, vectors)
 
 
-def overlaid(query: np.ndarray, train: np.ndarray, pick_Qxc: np.ndarray, batch: int = 512) -> np.ndarray:
-    """Correlation (Q, c) of looks (see `registration`) with those picked, registered as they are or mirrored."""
-    with log.progress("registering", len(query), unit="image") as bar:
-        sim = _by_batch(_registered, _Pairs(query, train, pick_Qxc), batch, lambda n: bar.update(n / pick_Qxc.shape[1]))
+def overlaid(
+    query_QxD: np.ndarray, train_NxD: np.ndarray, pick_Qxc: np.ndarray, shape: tuple[int, ...], batch: int = 512
+) -> np.ndarray:
+    """Correlation (Q, c) with the training images picked, registered as they are or mirrored.
+
+    Rows end in the flat look of an image, of `shape` (see `registration`); only those of a batch of pairs are read.
+    """
+    measure = functools.partial(_registered, shape=shape)
+    with log.progress("registering", len(query_QxD), unit="image") as bar:
+        done = lambda n: bar.update(n / pick_Qxc.shape[1])
+        sim = _by_batch(measure, _Pairs(query_QxD, train_NxD, pick_Qxc), batch, done)
     return sim.reshape(pick_Qxc.shape)
 
 
-@jax.jit
-def _registered(pairs: jax.Array) -> jax.Array:
-    one = jax.vmap(registration.correlation)
-    moving, fixed = pairs[:, 0], pairs[:, 1]
+@functools.partial(jax.jit, static_argnames="shape")
+def _registered(pairs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    looks = pairs[..., -math.prod(shape) :].reshape(*pairs.shape[:2], *shape)
+    one, moving, fixed = jax.vmap(registration.correlation), looks[:, 0], looks[:, 1]
     return jnp.maximum(one(moving, fixed), one(jnp.flip(moving, -1), fixed))
 
 

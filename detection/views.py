@@ -1,5 +1,6 @@
 """How each set is rendered before it is compared, and its embeddings, computed once and kept."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,28 +74,30 @@ def embedder(
     """A function `(images, view, name, content) -> (n, D)`: what the images, as `view` renders them, are embedded to.
 
     It is kept in the folder `cache` under the hash of the images' content (`fingerprint`) and of what the first batch is
-    embedded to, which tells the weights of the detector and of the view apart; the next audit reads it. A memory map, so
-    that memory does not grow with the number of images.
+    embedded to, which tells the weights of the detector and of the view apart; the next audit reads it. The result is a
+    memory map.
     """
 
     def embeddings(images: Sequence, view: Callable, name: str, content: str) -> np.ndarray:
-        rows, done, path = None, 0, cache
-        with log.progress(f"embedding {name}", len(images), unit="image") as bar:
+        path, aside = None, cache / f".{name}.aside"
+        with log.progress(f"embedding {name}", len(images), unit="image") as bar, contextlib.ExitStack() as files:
             for part in mesh.stream(lambda x: embed(view(x)), in_order(images, batch)):
-                if rows is None:
+                if path is None:
                     key = hashlib.sha256(f"{content} {part.shape}".encode() + part.astype(np.float16).tobytes())
                     path = cache / f"{key.hexdigest()[:32]}.npy"
                     if path.exists():
+                        aside = None
                         break
-                    aside = path.with_suffix(f".{os.getpid()}.npy")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    rows = np.lib.format.open_memmap(aside, "w+", np.float32, (len(images), part.shape[1]))
-                rows[done : done + len(part)] = part
-                done += len(part)
+                    if jax.process_index() == 0:  # written, not mapped: a full disk is then an error and not a crash
+                        cache.mkdir(parents=True, exist_ok=True)
+                        file = files.enter_context(open(aside, "wb"))
+                        header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), part.shape[1])}
+                        np.lib.format.write_array_header_1_0(file, header)
+                if jax.process_index() == 0:
+                    file.write(np.ascontiguousarray(part, "<f4"))
                 bar.update(len(part))
-        if rows is not None:
-            rows.flush()
-            os.replace(aside, path)  # every process's rows are the same
+        if aside and jax.process_index() == 0:
+            os.replace(aside, path)
         stage.barrier(f"embeddings {name}")
         return np.load(path, mmap_mode="r")
 

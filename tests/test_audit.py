@@ -94,35 +94,33 @@ def test_the_trap_is_one(sets):
     assert test.flagged_K.sum() > 10
 
 
-def test_release_leaves_out_copies_and_what_goes_with_them(sets, tmp_path):
+@pytest.mark.parametrize(
+    ("space", "least"),
+    [(spaces.by_correlation(views.pixels), 35), (spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=8), 30)],
+    ids=["vectors", "registered"],
+)
+def test_release_leaves_out_copies_and_what_goes_with_them(sets, tmp_path, space, least):
     source = tmp_path / "source"
     source.mkdir()
     synthetic = np.concatenate([sets["train"].images[:10], people(9, 50)])
     for name in named(synthetic, "syn").ids:
         (source / name).write_bytes(name.encode())
     release = tmp_path / "release"
-    result = run(
-        sets,
-        synthetic,
-        tmp_path,
-        again=spaces.by_correlation(lambda x: views.pixels(x[:, ::2, ::2])),
-        release_to=release,
-    )
+    half = spaces.by_correlation(lambda x: views.pixels(x[:, ::2, ::2]))
+    result = run(sets, synthetic, tmp_path, space=space, again=half, release_to=release)
     assert result["verdict"] == "FAIL" and result["calibrated"]["n_copies"] == 10
     assert result["release"]["n_flagged"] == 10 and result["release"]["n_kept"] <= 50
     assert result["release"]["verdict"] == "PASS", result["release"]
     rows = list(csv.DictReader((release / "manifest.csv").read_text().splitlines()))
-    assert len(rows) == result["release"]["n_kept"] >= 30
+    assert len(rows) == result["release"]["n_kept"] >= least
     assert {r["path"] for r in rows} | {"manifest.csv"} == {p.name for p in release.iterdir()}
     copies = {f"syn-{i:03d}.png" for i in range(10)}
     assert not copies & {r["path"] for r in rows}
     assert all((release / r["path"]).read_bytes() == r["path"].encode() for r in rows)
-    run(
-        sets, synthetic, tmp_path, again=spaces.by_correlation(views.pixels), release_to=release
-    )  # its own release is replaced
+    run(sets, synthetic, tmp_path, space=space, again=half, release_to=release)  # its own release is replaced
     (release / "notes.txt").write_text("a stranger's")
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
-        run(sets, synthetic, tmp_path, again=spaces.by_correlation(views.pixels), release_to=release)
+        run(sets, synthetic, tmp_path, space=space, again=half, release_to=release)
 
 
 def test_embeddings_are_computed_once(sets, tmp_path):

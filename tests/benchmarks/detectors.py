@@ -79,13 +79,14 @@ def by_vectors(embed):
 
 def by_registration(embed, candidates):
     """The same after registering each query's candidates by vectors, as the audit does; others get -1."""
-    near, looks = by_vectors(embed), lambda x: rows(registration.looks, x)
+    near, looks = by_vectors(embed), lambda x: rows(lambda x: registration.looks(x).reshape(len(x), -1), x)
 
     def similar(query, gallery, counts=True):
         vectors = near(query, gallery, counts)
         pick = np.argsort(-vectors, axis=1)[:, :candidates]
         sim = np.full(vectors.shape, -1.0)
-        np.put_along_axis(sim, pick, spaces.overlaid(looks(query), looks(gallery), pick), 1)
+        shape = registration.shape(gallery.shape[1:-1])
+        np.put_along_axis(sim, pick, spaces.overlaid(looks(query), looks(gallery), pick, shape), 1)
         return np.where(counts, sim, -2)
 
     return similar
