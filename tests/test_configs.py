@@ -111,12 +111,12 @@ def test_the_whole_path_in_3d(real_data, tmp_path):
     done = subprocess.run(
         [sys.executable, "main.py", "--config=configs/hippocampus.py:tiny", f"--workdir={tmp_path}"]
         + [f"--config.data.path={real_data / 'msd_hippocampus'}", "--mode=train,sample,audit", *steps]
-        + ["--config.sample.n=16", "--config.sample.steps=2", "--config.audit.planted=4"],
+        + ["--config.sample.n=8", "--config.sample.steps=2", "--config.audit.planted=4", "--config.audit.batch=4"],
         cwd=ROOT,
         env={**os.environ, "FACSIMILE_CACHE": str(tmp_path / "cache"), "FACSIMILE_QUIET": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode in (0, 3, 4), done.stderr
-    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 16
+    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 8
     assert (tmp_path / "audit" / "report.html").stat().st_size > 10_000
