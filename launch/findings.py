@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-from scipy import stats
 
 from launch import checkpoint, curves, ranks, studies
 
@@ -142,17 +141,17 @@ def blocks(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 def tested(study: studies.Study, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each measure: p, the sign of the trend, the smallest p possible, and the last level less the first with its
-    interval over blocks; nothing where no block is whole or there is one level."""
+    interval over blocks, images and patients (`ranks.mean_interval`); nothing where no block is whole or there is one level."""
     tests = {}
     for key in MEASURES:
         values_BxL = blocks(rows, key)
         if values_BxL.size == 0 or values_BxL.shape[1] < 2:
             continue
         change_B = values_BxL[:, -1] - values_BxL[:, 0]
-        found = {"blocks": len(values_BxL), "means": values_BxL.mean(0), "change": float(change_B.mean())}
-        if len(change_B) > 1:
-            half = stats.t.ppf(0.975, len(change_B) - 1) * change_B.std(ddof=1) / np.sqrt(len(change_B))
-            found["change_ci"] = [found["change"] - float(half), found["change"] + float(half)]
+        half_BxL = (blocks(rows, f"{key}_high") - blocks(rows, f"{key}_low")) / 2
+        end = 1.0 if MEASURES[key].rate else np.inf
+        change, *ci = ranks.mean_interval(change_B, np.hypot(half_BxL[:, -1], half_BxL[:, 0]), -end, end)
+        found = {"blocks": len(values_BxL), "means": values_BxL.mean(0), "change": change, "change_ci": ci}
         if study.ordered:
             t, p, least = ranks.trend(values_BxL)
             found |= {"p": p, "sign": int(np.sign(t)), "least": least}
@@ -179,12 +178,18 @@ def said(study: studies.Study, rows: Sequence, levels: Sequence[Mapping], tests:
         text = f"No trend of the copy rate is shown {how}{able}."
         return [text, f"Dar et al. report that it {study.paper}: not shown here."] if study.paper else [text]
     steps = np.diff(test["means"]) * test["sign"]
-    every = " at every level" if (steps > 0).all() else ", and at no level the other way" if (steps >= 0).all() else ""
+    every = (
+        " from each level to the next"
+        if (steps > 0).all()
+        else ", and at no level the other way"
+        if (steps >= 0).all()
+        else ""
+    )
     every = every or ", though not from each level to the next"
-    change = f"From the first level to the last it changes by {100 * test['change']:+.1f} percentage points"
-    if "change_ci" in test:
-        change += " [{:+.1f}, {:+.1f}] over repetitions".format(*(100 * end for end in test["change_ci"]))
-    text = [f"The copy rate {direction}{every} {how}. {change}."]
+    change = "{:+.1f} percentage points [{:+.1f}, {:+.1f}]".format(
+        *(100 * x for x in (test["change"], *test["change_ci"]))
+    )
+    text = [f"The mean copy rate {direction}{every} {how}. From the first level to the last it changes by {change}."]
     if study.paper:
         same = study.paper == direction
         text.append(
