@@ -178,17 +178,14 @@ def said(study: studies.Study, rows: Sequence, levels: Sequence[Mapping], tests:
         text = f"No trend of the copy rate is shown {how}{able}."
         return [text, f"Dar et al. report that it {study.paper}: not shown here."] if study.paper else [text]
     steps = np.diff(test["means"]) * test["sign"]
-    every = (
-        " from each level to the next"
-        if (steps > 0).all()
-        else ", and at no level the other way"
-        if (steps >= 0).all()
-        else ""
-    )
-    every = every or ", though not from each level to the next"
-    change = "{:+.1f} percentage points [{:+.1f}, {:+.1f}]".format(
-        *(100 * x for x in (test["change"], *test["change_ci"]))
-    )
+    if (steps > 0).all():
+        every = " from each level to the next"
+    elif (steps >= 0).all():
+        every = ", and at no level the other way"
+    else:
+        every = ", though not from each level to the next"
+    ends = [100 * x for x in (test["change"], *test["change_ci"])]
+    change = "{:+.1f} percentage points [{:+.1f}, {:+.1f}] over repetitions, images and patients".format(*ends)
     text = [f"The mean copy rate {direction}{every} {how}. From the first level to the last it changes by {change}."]
     if study.paper:
         same = study.paper == direction

@@ -74,6 +74,7 @@ def killed_at(at):
 
 PLAYERS = {
     "vq, adversary": ("ldm", "autoencoder", dict(codes=16, adversarial=0.5)),
+    "kl, adversary": ("ldm", "autoencoder", dict(adversarial=0.5)),
     "vae": ("vae", "vae", {}),
     "gan": ("gan", "gan", {}),
 }
