@@ -16,6 +16,7 @@ from configs import brain
 from launch import mesh
 
 STEPS, WARM = 16, 6
+STAGES = ("autoencoder", "diffusion", "detector")
 
 
 def measure() -> dict:
@@ -25,8 +26,8 @@ def measure() -> dict:
     volumes.data.cohort.subjects = {"train": 24, "select": 8, "val": 2, "control": 2}
     volumes.autoencoder.widths = (8, 16, 32)
     volumes.unet.width = 32
-    for stage in volumes.train.values():
-        stage.batch = 8
+    for name in STAGES:
+        volumes.train[name].batch = 8
     return {"2D": of_config(brain.get_config()), "3D": of_config(volumes)}
 
 
@@ -41,17 +42,15 @@ def of_config(config) -> dict:
             times.append(time.perf_counter())
             yield rows
 
-    for stage in config.train.values():
-        stage.update(steps=STEPS, eval_every=10**6, save_every=10**6)
+    for name in STAGES:
+        config.train[name].update(steps=STEPS, eval_every=10**6, save_every=10**6)
     real, main.pipeline_of = main.pipeline_of, lambda config: {"batches": one_batch, "in_order": data.in_order}
     try:
         with tempfile.TemporaryDirectory() as workdir, jax.set_mesh(mesh.make(1)):
             main.train(config, Path(workdir))
             return {
                 name: compared(images, batch, (times[-1] - times[WARM]) / (len(times) - 1 - WARM))
-                for name, (images, batch, times) in zip(
-                    ("autoencoder", "diffusion", "detector"), fed.values(), strict=True
-                )
+                for name, (images, batch, times) in zip(STAGES, fed.values(), strict=True)
             }
     finally:
         main.pipeline_of = real
