@@ -1,5 +1,7 @@
 """The order in which images are seen: a pure function of (seed, step), on any number of processes."""
 
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,7 +36,7 @@ def batches(
         raise ValueError("no images to make batches of")
     if not 0 <= index < count or batch < 1 or batch % count:
         raise ValueError(f"a batch of {batch} cannot be shared by {count} processes (this is number {index})")
-    order = grain.MapDataset.source(images).seed(seed).shuffle().repeat()
+    order = grain.MapDataset.source(_Shuffled(images, seed))
     mine = order.batch(batch // count, drop_remainder=True).map(_float32)[start * count + index :: count]
     return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
@@ -51,6 +53,26 @@ def in_order(images: Sequence[Any], batch: int, *, threads: int = 4) -> Iterator
         n = len(jax.tree.leaves(rows)[0])
         fill = lambda x, short=batch - n: np.concatenate([x, np.repeat(x[-1:], short, 0)]) if short else x
         yield jax.tree.map(fill, rows), n
+
+
+class _Shuffled(Sequence):
+    """Epoch after epoch of the images, each a permutation of its own.
+
+    Not Grain's shuffle, whose permutations are never held in memory: it walks a cipher of 16 bits or more until an index
+    is in range, 0.6 ms an image where there are forty.
+    """
+
+    def __init__(self, images: Sequence[Any], seed: int):
+        self._images = images
+        permutation = lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(images))
+        self._permutation = functools.lru_cache(maxsize=4)(permutation)  # threads may be an epoch apart
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        epoch, i = divmod(index, len(self._images))
+        return self._images[int(self._permutation(epoch)[i])]
 
 
 def _float32(rows: Any) -> Any:
