@@ -6,7 +6,8 @@
 Every run is main.py in `WORKDIR/runs/NAME`, with its output in `log.txt`; stages that runs have in common are trained once,
 in `WORKDIR/shared`. Runs that are done are skipped, one that fails is tried again and then named. The result is
 `study.csv`, `study.html` and pictures in WORKDIR. Trailing --config.KEY=VALUE override the config of all runs. --dry_run
-prints every command and what it costs: not what it would in all, since audits are left out of account.
+prints every command and what it costs: not what it would in all, since audits are left out of account. On a terminal, a table
+of levels and seeds shows what each run is doing and what it found.
 """
 
 import argparse
@@ -22,13 +23,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
-from launch import findings, machine, stage, studies
+from launch import findings, live, machine, stage, studies
 from launch.log import ROOT
 
 TOLD_TO_STOP = 75  # exit code of one chain: an array job is to be queued again
@@ -73,13 +74,15 @@ def main(argv: Sequence[str]) -> int:
     asked = chains if flags.only is None else [chains[flags.only]]
     work = Work(workdir, shlex.split(flags.main), flags.config, extra, flags.tries)
     if flags.dry_run:
-        work.tell(asked)
+        work.plan(asked)
         return 0
     levels = {level.name: level.overrides for level in study.levels}
     asked_for = {"study": flags.study, "config": flags.config, "overrides": extra, "levels": levels}
     stage.claim(workdir, stage.flatten(asked_for))
     if not flags.collect:
-        work.everything(asked, flags.devices.split(",") if flags.devices else [None])
+        runs = [run for chain in asked for run in chain]
+        with live.shown(lambda: live.table(study, runs, workdir, PRODUCTS, set(work.live), work.clock())) as work.tell:
+            work.everything(asked, flags.devices.split(",") if flags.devices else [None])
     if work.stopping.is_set():
         print("study: told to stop; the same command goes on from here", file=sys.stderr)
         return 0 if flags.only is None else TOLD_TO_STOP
@@ -97,7 +100,8 @@ class Work:
     def __init__(self, workdir: Path, main: list[str], config: str, extra: list[str], tries: int):
         self.workdir, self.main, self.config, self.extra, self.tries = workdir, main, config, extra, tries
         self.stopping = threading.Event()
-        self._live: set[subprocess.Popen] = set()
+        self.live: dict[str, subprocess.Popen] = {}  # by the name of the run
+        self.tell: Callable[[str], None] = print
         self._started = time.monotonic()
         self._said = threading.Lock()
 
@@ -111,7 +115,7 @@ class Work:
         """The diffusion folder that a run goes on with, and its own."""
         return self.workdir / "runs" / run.after / "diffusion", self.folder(run) / "diffusion"
 
-    def tell(self, chains: list[list[studies.Run]]) -> None:
+    def plan(self, chains: list[list[studies.Run]]) -> None:
         """Prints the commands of all runs, each with its cost, and the cost of all."""
         runs = [run for chain in chains for run in chain]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # a level costs the same with every seed
@@ -226,26 +230,27 @@ class Work:
                 pass_fds=[lock.fileno()],
                 start_new_session=True,  # Ctrl-C reaches it through `_stop`, as SIGTERM: it saves and ends
             )
-        self._live.add(process)
+        self.live[run.name] = process
         if self.stopping.is_set():  # told between the look and the start
             process.terminate()
         try:
             return process.wait()
         finally:
-            self._live.discard(process)
+            del self.live[run.name]
 
     def _stop(self, *_) -> None:
         self.stopping.set()
-        for process in list(self._live):
+        for process in list(self.live.values()):
             process.terminate()
 
     def say(self, text: str) -> None:
+        with self._said:
+            self.tell(f"[{self.clock()}] {text}")
+
+    def clock(self) -> str:
         every = list((self.workdir / "runs").iterdir())
         done = sum(all((folder / name).exists() for name in PRODUCTS) for folder in every)
-        with self._said:
-            print(
-                f"[{(time.monotonic() - self._started) / 60:6.1f} min, {done} done] {text}", file=sys.stderr, flush=True
-            )
+        return f"{(time.monotonic() - self._started) / 60:6.1f} min, {done} done"
 
 
 def told(cost: Mapping[str, float]) -> str:
