@@ -248,7 +248,7 @@ class Work:
             self.tell(f"[{self.clock()}] {text}")
 
     def clock(self) -> str:
-        every = list((self.workdir / "runs").iterdir())
+        every = list(self.workdir.glob("runs/*"))  # none yet when the table is first drawn
         done = sum(all((folder / name).exists() for name in PRODUCTS) for folder in every)
         return f"{(time.monotonic() - self._started) / 60:6.1f} min, {done} done"
 
