@@ -88,10 +88,11 @@ def correlation(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neig
 def registered(
     embed: Callable[[jax.Array], jax.Array], image_shape: tuple[int, ...], candidates: int, batch: int = 512
 ) -> Space:
-    """The space of the verdict: an embedding finds candidates, and laying one image over the other decides.
+    """The space of the verdict: embeddings and spectra find candidates, and laying one image over the other decides.
 
-    The similarity is the correlation of a query with one of its `candidates` nearest training images by embeddings, once
-    they are registered (`registration.correlation`), the query as it is or mirrored along the last axis. With no
+    The similarity is the correlation of a query with one of its `candidates` training images, once they are registered
+    (`registration.correlation`), the query as it is or mirrored along the last axis. Half of the candidates correlate
+    most with it by embeddings, half by `registration.spectra`, which holds up where the detector learned little. With no
     candidates, it is the correlation of embeddings alone.
     """
     if not candidates:
@@ -104,13 +105,42 @@ def registered(
         return jnp.concatenate([embed(x), registration.looks(x).reshape(len(x), -1)], 1)
 
     def search(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
-        near = neighbours.nearest(vectors(query_QxD), vectors(train_NxD), k=min(candidates, len(train_NxD)))
-        return _best(overlaid(query_QxD, train_NxD, near.index, shape, batch), near.index)
+        count = min(candidates, len(train_NxD))
+        picks = [neighbours.nearest(vectors(query_QxD), vectors(train_NxD), k=count - count // 2).index]
+        if count > 1:
+            picks.append(alike(query_QxD, train_NxD, shape, count // 2))
+        pick_Qxc = np.concatenate(picks, 1)
+        return _best(overlaid(query_QxD, train_NxD, pick_Qxc, shape, batch), pick_Qxc)
 
     note = (
-        f"correlation after registration, of each image's {candidates} candidates by the trained copy detector; decides"
+        f"correlation after registration, of each image's {candidates} candidates, half by the trained copy detector and "
+        "half by their spectra; decides"
     )
     return Space(jax.jit(rows), search, note, vectors)
+
+
+def alike(query_QxD: np.ndarray, train_NxD: np.ndarray, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """Indices (Q, count) of the training images whose spectra correlate most with the query's, as it is or mirrored.
+
+    Rows end as those of `overlaid`.
+    """
+    spectra = lambda rows, flip: neighbours.standardise(_by_batch(_spectra(shape, flip), rows, 512))
+    train = spectra(train_NxD, False)
+    found = [neighbours.nearest(spectra(query_QxD, flip), train, k=count) for flip in (False, True)]
+    sim_Qxc, index_Qxc = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+    best_first = np.argsort(-sim_Qxc, axis=1, kind="stable")
+    index_Qxc = np.take_along_axis(index_Qxc, best_first, 1)
+    again = np.stack([(index_Qxc[:, :i] == index_Qxc[:, [i]]).any(1) for i in range(2 * count)], 1)  # found both ways
+    return np.take_along_axis(index_Qxc, np.argsort(again, axis=1, kind="stable")[:, :count], 1)
+
+
+@functools.cache
+def _spectra(shape: tuple[int, ...], flip: bool) -> Callable[[jax.Array], jax.Array]:
+    def of(rows: jax.Array) -> jax.Array:
+        looks = rows[:, -math.prod(shape) :].reshape(-1, *shape)
+        return registration.spectra(jnp.flip(looks, -1) if flip else looks)
+
+    return jax.jit(of)
 
 
 def overlaid(

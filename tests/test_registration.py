@@ -80,3 +80,27 @@ def test_candidates_are_registered_and_mirrored_copies_found():
         alone.search(np.asarray(alone.embed(query)), np.asarray(alone.embed(train))).sim,
         spaces.correlation(np.asarray(embed(query)), np.asarray(embed(train))).sim,
     )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_spectra_forgive_shifts_and_find_what_an_embedding_does_not(size):
+    train = people(6, 60, size)
+    query = np.concatenate([moved(train[:10], 7), moved(train[10:20], 8)[..., ::-1, :]])
+    blind = lambda x: x.reshape(len(x), -1)[:, :5]  # a corner: it says nothing of the rest
+    space = spaces.registered(blind, (*size, 1), candidates=8)
+    rows, asked = np.asarray(space.embed(train)), np.asarray(space.embed(query))
+    found = spaces.alike(asked, rows, registration.shape(size), 4)
+    assert found.shape == (20, 4) and all(len(set(row)) == 4 for row in found), "each once, however it was found"
+    assert np.mean([i in row for i, row in enumerate(found)]) >= 0.9
+    assert np.mean(space.search(asked, rows).index[:, 0] == np.arange(20)) >= 0.9
+    near = neighbours.nearest(space.vectors(asked), space.vectors(rows), k=8).index
+    assert np.mean([i in row for i, row in enumerate(near)]) < 0.5, "the embedding alone would not do"
+
+
+def test_spectra_of_a_shift_within_empty_borders_are_those_of_the_image():
+    x = np.zeros((1, 33, 33), np.float32)
+    x[0, 14:19, 13:18] = np.random.default_rng(0).normal(size=(5, 5))
+    one, other = (np.asarray(registration.spectra(np.roll(x, shift, (1, 2)))) for shift in ((0, 0), (1, -1)))
+    assert np.corrcoef(one[0], other[0])[0, 1] > 0.99
+    rolled = np.abs(np.fft.fft2(x[0] * np.outer(np.hanning(33), np.hanning(33))))
+    np.testing.assert_allclose(one[0].max() ** 2, rolled[np.abs(np.fft.fftfreq(33)) <= 1 / 3].max(), rtol=1e-4)

@@ -78,12 +78,18 @@ def by_vectors(embed):
 
 
 def by_registration(embed, candidates):
-    """The same after registering each query's candidates by vectors, as the audit does; others get -1."""
+    """The same after registering candidates, half by vectors and half by spectra, as the audit does; others get -1."""
     near, looks = by_vectors(embed), lambda x: rows(lambda x: registration.looks(x).reshape(len(x), -1), x)
+    plain = by_vectors(lambda x: registration.spectra(registration.looks(x)))
+    best = lambda sim, count: np.argsort(-sim, axis=1)[:, :count]
+
+    def spectrum(query, gallery, counts):
+        return np.maximum(plain(query, gallery, counts), plain(query[..., ::-1, :], gallery, counts))
 
     def similar(query, gallery, counts=True):
         vectors = near(query, gallery, counts)
-        pick = np.argsort(-vectors, axis=1)[:, :candidates]
+        half = candidates // 2
+        pick = np.concatenate([best(vectors, candidates - half), best(spectrum(query, gallery, counts), half)], 1)
         sim = np.full(vectors.shape, -1.0)
         shape = registration.shape(gallery.shape[1:-1])
         np.put_along_axis(sim, pick, spaces.overlaid(looks(query), looks(gallery), pick, shape), 1)
