@@ -31,7 +31,7 @@ def factor(study: studies.Study, rows: Sequence[Mapping], levels: Sequence[Mappi
     groups = sorted({level["group"] for level in levels})
     x = [level["x"] for level in levels]
     by_place = not study.ordered or min(x) <= 0  # names, not amounts
-    figure = matplotlib.figure.Figure((12, 4), layout="constrained")
+    figure = matplotlib.figure.Figure((12, 4.6), layout="constrained")
     panels = figure.subplots(1, 3)
     shown = (
         (("copies", "paper_copies", "paper_copies_floor"), "copies, of the synthetic images"),
@@ -62,7 +62,7 @@ def factor(study: studies.Study, rows: Sequence[Mapping], levels: Sequence[Mappi
             axes.set_ylim(-0.03, 1.03)
             axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
         if len(lines) > 1:
-            axes.legend(fontsize=8, framealpha=0.7)
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # over no data
     return figure, (
         f"Against {study.factor}: means over seeds with 95 % intervals across seeds and patients, and every run as a dot."
     )
