@@ -156,7 +156,7 @@ def tested(study: studies.Study, rows: Sequence[Mapping[str, Any]]) -> dict[str,
             t, p, least = ranks.trend(values_BxL)
             found |= {"p": p, "sign": int(np.sign(t)), "least": least}
         elif len(values_BxL) > 1:
-            found |= {"p": ranks.differ(values_BxL)}
+            found |= dict(zip(("p", "least"), ranks.differ(values_BxL), strict=True))
         tests[key] = found
     return tests
 
@@ -166,16 +166,18 @@ def said(study: studies.Study, rows: Sequence, levels: Sequence[Mapping], tests:
     test = tests.get(DECIDING)
     if test is None or "p" not in test:
         return ["Too few runs are done for a test: at least one seed at every level is needed."]
+    able = ""
+    if test["least"] > SIGNIFICANT:
+        able = f"; with so few runs, or so many ties, no p could be below {test['least']:.2g}"
     over = f"over {test['blocks']} repetition{'s' * (test['blocks'] > 1)}"
     if not study.ordered:
         order = ", ".join(f"{level['level']} {shown(level[DECIDING], True)}" for level in levels)
         verb = "differ" if test["p"] <= SIGNIFICANT else "are not shown to differ"
-        return [f"Copy rates {verb} between levels (exact Friedman test {over}: p = {test['p']:.2g}): {order}."]
-    how = f"(exact permutation test of Page's L {over}: p = {test['p']:.2g})"
+        return [f"Copy rates {verb} between levels (exact Friedman test {over}: p = {test['p']:.2g}{able}): {order}."]
+    how = f"(exact permutation test of Page's L {over}: p = {test['p']:.2g}{able})"
     direction = {1: "rises", -1: "falls", 0: "neither rises nor falls"}[test["sign"]]
     if test["p"] > SIGNIFICANT:
-        able = "" if test["least"] <= SIGNIFICANT else "; with so few runs, or so many ties, none could have been"
-        text = f"No trend of the copy rate is shown {how}{able}."
+        text = f"No trend of the copy rate is shown {how}."
         return [text, f"Dar et al. report that it {study.paper}: not shown here."] if study.paper else [text]
     steps = np.diff(test["means"]) * test["sign"]
     if (steps > 0).all():

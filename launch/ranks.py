@@ -32,8 +32,12 @@ def trend(values_BxL: np.ndarray) -> tuple[float, float, float]:
     return t, at_least(t), at_least(max(chance))
 
 
-def differ(values_BxL: np.ndarray) -> float:
-    """The p of Friedman's test (1937), exact: whether L unordered levels differ, by the spread of their rank sums."""
+def differ(values_BxL: np.ndarray) -> tuple[float, float]:
+    """Friedman's test (1937), exact: whether L unordered levels differ, by the spread of their rank sums.
+
+    Returns:
+      p, and the least p that these ties and so many blocks allow.
+    """
     ranks_BxL = stats.rankdata(values_BxL, axis=1)
     spread = lambda sums: round(sum(s * s for s in sums), 6)
     chance = Counter({tuple(ranks_BxL[0]): 1.0})  # the first block's order does not matter: only how the others agree
@@ -43,8 +47,8 @@ def differ(values_BxL: np.ndarray) -> float:
         for (before, p), order in itertools.product(chance.items(), orders):
             grown[tuple(b + r for b, r in zip(before, order, strict=True))] += p / len(orders)
         chance = grown
-    seen = spread(ranks_BxL.sum(0))
-    return min(1.0, sum(p for sums, p in chance.items() if spread(sums) >= seen - 1e-6))
+    seen, most = spread(ranks_BxL.sum(0)), max(map(spread, chance))
+    return tuple(min(1.0, sum(p for sums, p in chance.items() if spread(sums) >= s - 1e-6)) for s in (seen, most))
 
 
 def mean_interval(values: np.ndarray, halves: np.ndarray, low: float = -np.inf, high: float = np.inf) -> list[float]:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from launch import ablate, findings, studies
+from launch import ablate, findings, ranks, studies
 from tests.conftest import ROOT
 
 FAKE = f"--main={shlex.join([sys.executable, str(ROOT / 'tests' / 'fake_main.py')])}"
@@ -220,3 +220,12 @@ def test_a_real_study_shares_its_stages(tmp_path):
     one, two = (tmp_path / "runs" / f"{name}-seed0" for name in ("00-16", "01-32"))
     assert (one / "autoencoder").resolve() == (two / "autoencoder").resolve()
     assert (one / "diffusion").resolve() != (two / "diffusion").resolve()
+
+
+def test_friedmans_p_and_the_least_that_ties_allow():
+    agreed = np.tile([0.1, 0.5, 0.9], (3, 1))
+    assert ranks.differ(agreed) == pytest.approx((1 / 36, 1 / 36)), "two further blocks, each one order of six"
+    tied = np.tile([0.9, 0.0, 0.0], (3, 1))
+    assert ranks.differ(tied) == pytest.approx((1 / 9, 1 / 9)), "the highest is the same of three, twice"
+    p, least = ranks.differ(np.array([[0.1, 0.5, 0.9], [0.5, 0.1, 0.9], [0.9, 0.5, 0.1]]))
+    assert p > 0.5 and least == pytest.approx(1 / 36)
