@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
     data.seed = 0  # of that hash: another seed is another partition, as for cross-validation
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
-    cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 120})
+    cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 600})
     cohort.scans = 1  # scans per subject: same anatomy, new noise and bias field
     cohort.duplicates = 0  # training subjects present again under other names,
     cohort.copies = 1  # so many more times each
