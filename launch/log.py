@@ -1,5 +1,6 @@
-"""What a run tells: metrics as JSON lines, TensorBoard where installed, a progress line, and where it came from."""
+"""What a run tells: metrics as JSON lines, TensorBoard and Weights & Biases, a progress line, and where it came from."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -40,6 +41,9 @@ def provenance() -> dict[str, Any]:
 class Metrics:
     """Metrics of one stage, by step: `metrics.jsonl`, and TensorBoard event files where that extra is installed.
 
+    They go to Weights & Biases as well, and nothing else does, where that is installed and the environment variable
+    WANDB_PROJECT names a project: outside a hospital, if its server is there.
+
     Lines after `start` are dropped on opening: a resumed run writes them again. `window` holds the values since the last
     line, so that the line of a run that stopped between two lines is the same as if it had not.
     """
@@ -49,7 +53,7 @@ class Metrics:
         kept = json.loads(self._windows.read_text()) if self._windows.exists() else {}
         self.window: list[dict[str, float]] = kept.get(str(start), [])
         self._kept = {step: window for step, window in kept.items() if int(step) <= start}
-        self._file = self._board = None
+        self._file = self._board = self._wandb = None
         if jax.process_index() != 0:
             return
         path = folder / "metrics.jsonl"
@@ -61,6 +65,17 @@ class Metrics:
             from tensorboard.summary import Writer
 
             self._board = Writer(str(folder))
+        if os.environ.get("WANDB_PROJECT") and importlib.util.find_spec("wandb"):
+            import wandb
+
+            place = folder.absolute()
+            self._wandb = wandb.init(
+                id=hashlib.sha256(str(place).encode()).hexdigest()[:16],  # a run that goes on is the same run
+                name="/".join(place.parts[-2:]),
+                resume="allow",
+                dir=folder,
+                settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
+            )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line `{"step": step, ...}`; non-finite numbers become null."""
@@ -72,6 +87,8 @@ class Metrics:
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
 
     def keep_window(self, step: int) -> None:
         """To be called with each checkpoint: keeps `window` for a run that goes on from this step."""
@@ -83,6 +100,8 @@ class Metrics:
         for writer in (self._file, self._board):
             if writer:
                 writer.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def _step_of(line: str) -> float:

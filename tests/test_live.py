@@ -1,12 +1,15 @@
-"""The table that a study shows while it runs: every state of a run is told from its files."""
+"""The table that a study shows while it runs: every state of a run is told from its files; and Weights & Biases."""
 
+import importlib.machinery
 import json
 import os
+import sys
+import types
 
 import pytest
 import rich.console
 
-from launch import live, studies
+from launch import live, log, studies
 
 PRODUCTS = ("audit/audit.json", "quality.json")
 
@@ -66,3 +69,27 @@ def test_a_log_gets_lines(capsys):
     with live.shown(lambda: pytest.fail("drawn where there is no terminal")) as tell:
         tell("a run: started")
     assert capsys.readouterr().err == "a run: started\n"
+
+
+@pytest.mark.parametrize("project", [None, "copies"])
+def test_weights_and_biases_gets_numbers_and_only_where_a_project_is_named(tmp_path, monkeypatch, project):
+    told = []
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.Settings = lambda **settings: settings
+    run = types.SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+    fake.init = lambda **how: told.append((how["id"], how["resume"])) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if project:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    for start in (0, 20):
+        metrics = log.Metrics(tmp_path, start)
+        metrics.write(start + 10, {"loss": 0.5})
+        metrics.close()
+    if not project:
+        assert told == []
+        return
+    first, second = told[:3], told[3:]
+    assert first[0] == second[0] and first[0][1] == "allow", "a run that goes on is the same run"
+    assert first[1:] == [(10, {"loss": 0.5}), "end"] and second[1:] == [(30, {"loss": 0.5}), "end"]
