@@ -213,8 +213,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "percentile": 95.0,  # of the paper's rule
             "pairs": 16,  # most similar pairs in the picture
             "batch": 64,  # images embedded at a time
-            # nearest training images of each image that are laid over it before the nearest is named; 0: none, the verdict
-            # rests on the detector's embeddings alone, as the paper's does
+            # training images that are laid over each image before the nearest is named: half of them its nearest by the
+            # detector, half by spectra; 0: none, the verdict rests on the detector's embeddings alone, as the paper's does
             "register": 8,
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released

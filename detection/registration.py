@@ -1,8 +1,8 @@
 """Is one image a moved copy of another? Registers the two and correlates what then lies on top of each other.
 
-An embedding finds candidates, as well as it has learned to from the images at hand; their spectra, which need no
-training, find others. Whether two images are one and the
-same is better seen by laying one over the other: a copy agrees in every detail, another patient does not, however alike.
+An embedding finds candidates, as well as it has learned to from the images at hand; their spectra, which need no training,
+find others. Whether two images are one and the same is better seen by laying one over the other: a copy agrees in every
+detail, another patient does not, however alike.
 """
 
 import functools
@@ -45,10 +45,8 @@ def spectra(looks: jax.Array) -> jax.Array:
     height = jnp.abs(jnp.fft.rfftn(looks, axes=axes))
     for axis in axes:  # the last holds the frequencies from 0 on, the others both signs
         most = looks.shape[axis] // 3
-        keep = (
-            np.r_[: most + 1] if axis == axes[-1] else np.r_[: most + 1, looks.shape[axis] - most : looks.shape[axis]]
-        )
-        height = jnp.take(height, keep, axis)
+        signs = np.r_[: most + 1] if axis == axes[-1] else np.r_[: most + 1, -most:0]
+        height = jnp.take(height, signs, axis, mode="wrap")
     return jnp.sqrt(height).reshape(len(looks), -1)
 
 

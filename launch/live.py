@@ -1,6 +1,7 @@
 """The table that a study shows while it runs, on a terminal: its levels against its seeds, from what lies in its folder."""
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,16 @@ from launch import studies
 def cell(folder: Path, products: Sequence[str], running: bool) -> str:
     """What is known of one run: its copies once it is done, how far it is while it runs."""
     if all((folder / name).exists() for name in products):
-        return f"{json.loads((folder / 'audit' / 'audit.json').read_text())['calibrated']['copy_rate']:.1%}"
+        return copies(folder)
     if running:
         return doing(folder)
     return "stopped" if (folder / "log.txt").exists() else "·"
+
+
+@functools.cache
+def copies(folder: Path) -> str:
+    """Of a run that is done, which stays as it is."""
+    return f"{json.loads((folder / 'audit' / 'audit.json').read_text())['calibrated']['copy_rate']:.1%}"
 
 
 def doing(folder: Path) -> str:
@@ -28,12 +35,14 @@ def doing(folder: Path) -> str:
     if not told or not (folder / "config.json").exists():
         return "starting"
     newest = max(told, key=lambda path: path.stat().st_mtime)
+    stage = newest.parent.name
     lines = newest.read_text().splitlines()
     step = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-    total = json.loads((folder / "config.json").read_text())["train"][newest.parent.name]["steps"]
+    settings = json.loads((folder / "config.json").read_text())["train"]
+    total = settings[stage.removesuffix("-again")]["steps"]  # a release trains a second detector as the first
     if step < total:
-        return f"{newest.parent.name} {step}/{total}"
-    return "auditing" if (folder / "samples").exists() else f"after {newest.parent.name}"
+        return f"{stage} {step}/{total}"
+    return "auditing" if (folder / "samples").exists() else f"after {stage}"
 
 
 def table(

@@ -25,7 +25,7 @@ def folder(tmp_path):
     return made
 
 
-CONFIG = json.dumps({"train": {"autoencoder": {"steps": 40}, "diffusion": {"steps": 1024}}})
+CONFIG = json.dumps({"train": {"autoencoder": {"steps": 40}, "diffusion": {"steps": 1024}, "detector": {"steps": 30}}})
 TRAINED = {"config.json": CONFIG, "log.txt": "", "autoencoder/metrics.jsonl": '{"step": 40}\n'}
 
 
@@ -36,6 +36,11 @@ TRAINED = {"config.json": CONFIG, "log.txt": "", "autoencoder/metrics.jsonl": '{
         ({"log.txt": ""}, False, "stopped"),
         ({"log.txt": ""}, True, "starting"),
         (TRAINED, True, "after autoencoder"),
+        (
+            {**TRAINED, "autoencoder/metrics.jsonl": "", "detector-again/metrics.jsonl": '{"step": 20}\n'},
+            True,
+            "detector-again 20/30",
+        ),
         ({**TRAINED, "samples/0.png": ""}, True, "auditing"),
         ({**TRAINED, "autoencoder/metrics.jsonl": '{"step": 20}\n{"step": 4'}, True, "autoencoder 20/40"),
         ({PRODUCTS[0]: '{"calibrated": {"copy_rate": 0.125}}', PRODUCTS[1]: "{}"}, False, "12.5%"),

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.truth --config=configs/xray.py:compare --config.data.path=NIH --workdir=runs/ldm
 
 WORKDIR is that of a finished run, of the same settings. A synthetic image is a copy where its distance to the nearest
-training image, in the autoencoder's latents, is under a third of that to the second (Yoon et al. 2023; Carlini et al. 2023
-use the like). Found: those above the threshold that 1 % or 5 % of unseen images, passed through the autoencoder, reach.
-Intervals are exact and take synthetic images for independent. Prints one line a space.
+training image, in the autoencoder's latents, is under a third of that to the second (`baselines.close_to_one`). Found:
+those above the threshold that 1 % or 5 % of unseen images, passed through the autoencoder, reach. Intervals are exact and
+take synthetic images for independent. Prints one line a space.
 """
 
 import sys
@@ -19,7 +19,7 @@ import data
 import detection
 import ldm
 import main
-from detection import calibrate, spaces, views
+from detection import baselines, calibrate, euclidean, spaces, views
 from launch import machine, mesh
 
 
@@ -35,10 +35,13 @@ def run(_):
         unseen = [image for name in ("val", "control") for image in sets[name].images]
         render, encode = ldm.round_trip(generator), ldm.latents(generator)
         run_over = lambda fn, images: np.concatenate(list(mesh.stream(jax.jit(fn), data.in_order(images, 64))))
-        copy_K, one_K = truth(run_over(encode, made), run_over(encode, sets["train"].images))
+        near = euclidean.nearest(run_over(encode, made), run_over(encode, sets["train"].images), k=2)
+        copy_K, one_K = baselines.close_to_one(near), near.index[:, 0]
         print(
             f"{copy_K.sum()} of {len(copy_K)} synthetic images are copies, of {len(set(one_K[copy_K]))} training images"
         )
+        if not copy_K.any():
+            return
         embed = detection.embedder(model)
         for name, space in {
             "registered": detection.registered(embed, model.image_shape, config.audit.register),
@@ -58,14 +61,6 @@ def run(_):
                 told.append(f"{100 * seen / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] at {rate:.0%}")
             right = np.mean(hits.index[:, 0][copy_K] == one_K[copy_K])
             print(f"{name:<16} {', '.join(told)}; the right training image {right:.1%}; {len(null_M)} unseen images")
-
-
-def truth(made_KxD, train_NxD):
-    """Which synthetic images are copies by d1/d2 < 1/3, and the index of the nearest training image of each."""
-    squares = (made_KxD**2).sum(1)[:, None] + (train_NxD**2).sum(1) - 2 * made_KxD @ train_NxD.T
-    nearest = np.argsort(squares, axis=1)[:, :2]
-    d1, d2 = np.sqrt(np.maximum(np.take_along_axis(squares, nearest, 1), 0)).T
-    return d1 < d2 / 3, nearest[:, 0]
 
 
 if __name__ == "__main__":
