@@ -3,6 +3,11 @@
 python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=runs/brain
 """
 
+from launch import early
+
+if __name__ == "__main__":
+    early.settle()
+
 import contextlib
 import functools
 import json

@@ -56,56 +56,115 @@ def init(init_fn: Callable, key: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, values)
 
 
-def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...]) -> jax.Array:
-    """Convolution of `x` (B, *S, C) with `kernel` (*K, C, F), zero padding K // 2 on both sides.
+def on_cpu() -> bool:
+    """Whether the program that is being traced is for a CPU."""
+    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
+
+
+def conv(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...] | None = None
+) -> jax.Array:
+    """Convolution of `x` (B, *S, C) with `kernel` (*K, C, F), zero `padding` on both sides (None: K // 2).
 
     On a CPU a 3D convolution is a sum of 2D ones over the depth taps, depth folded into the batch: XLA's native one
     is about five times slower there. Images that a mesh splits over devices stay split.
     """
     size = kernel.shape[:-2]
+    padding = tuple(k // 2 for k in size) if padding is None else padding
+    if not on_cpu():
+        return _conv_of_parts(x, kernel, strides, padding)
+    # XLA would compute the norm and the activation around a convolution again inside each transposition that the
+    # gradients of its kernel ask for, and once more for every depth tap; barriers hold forwards and backwards.
+    barrier = jax.lax.optimization_barrier
+    return barrier(_conv_of_parts(barrier(x), kernel, strides, padding))
+
+
+def _conv_of_parts(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...]) -> jax.Array:
+    size = kernel.shape[:-2]
     if all(k == 1 for k in size):
         steps = (slice(None), *(slice(None, None, s) for s in strides))
         return x[steps] @ kernel.reshape(kernel.shape[-2:])
     reach, step = size[0] // 2, strides[0]
-    inner = lambda slab, kernel: _conv(slab, kernel, strides, depth_padding=0)
+    inner = lambda slab, kernel: _conv(slab, kernel, strides, (0, *padding[1:]))
     y = None
-    if size[0] % 2:
+    if size[0] % 2 and padding[0] == reach:
         y = mesh.over_slabs(inner, x, kernel, before=reach, after=max(reach - step + 1, 0), multiple=step)
-    outer = lambda x, kernel: _conv(x, kernel, strides, depth_padding=reach)
+    outer = lambda x, kernel: _conv(x, kernel, strides, padding)
     return mesh.over_rows(outer, x, kernel) if y is None else y
 
 
-def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], depth_padding: int) -> jax.Array:
-    size = kernel.shape[:-2]
-    if len(size) == 3 and (_PLATFORM.get() or jax.default_backend()) == "cpu":
-        return _conv3d_by_taps(x, kernel, strides, depth_padding)
-    spatial = "DHW"[-len(size) :]
+def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...]) -> jax.Array:
+    if kernel.ndim == 5 and on_cpu():
+        return _conv3d_by_taps(x, kernel, strides, padding)
+    spatial = "DHW"[2 - kernel.ndim :]
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        [(depth_padding, depth_padding), *((k // 2, k // 2) for k in size[1:])],
+        [(p, p) for p in padding],
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )
 
 
-def _conv3d_by_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], depth_padding: int) -> jax.Array:
+def _conv3d_by_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...]) -> jax.Array:
     taps, step = kernel.shape[0], strides[0]
-    padded = jnp.pad(x, ((0, 0), (depth_padding, depth_padding), (0, 0), (0, 0), (0, 0)))
+    padded = jnp.pad(x, ((0, 0), (padding[0], padding[0]), (0, 0), (0, 0), (0, 0)))
     depth = (padded.shape[1] - taps) // step + 1
     total = 0.0
     for tap in range(taps):
         planes = padded[:, tap : tap + step * (depth - 1) + 1 : step]
-        total += _conv(planes.reshape(-1, *planes.shape[2:]), kernel[tap], strides[1:], kernel.shape[1] // 2)
+        total += _conv(planes.reshape(-1, *planes.shape[2:]), kernel[tap], strides[1:], padding[1:])
     return total.reshape(x.shape[0], depth, *total.shape[1:])
 
 
+def upsample(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:
+    """Nearest-neighbour up-sampling of (B, *S, C) by an integer factor per spatial axis."""
+    for axis, factor in enumerate(factors, start=1):
+        if factor > 1:
+            x = jnp.repeat(x, factor, axis=axis)
+    return x
+
+
+# Of a kernel of three taps over an axis where each position stands twice: the two taps, over the positions themselves,
+# that make the even and the odd outputs. [phase, tap, tap of the kernel]
+_PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+
+
+def conv_upsampled(x: jax.Array, kernel: jax.Array, factors: tuple[int, ...]) -> jax.Array:
+    """`conv(upsample(x, factors), kernel)` with strides of 1.
+
+    On a CPU, where factors are 1 and 2 and the kernel has three taps an axis, it takes about (2 / 3)^axes of the
+    multiplications: taps that meet the same position are summed beforehand (Shi et al. 2016, 'Is the deconvolution
+    layer the same as a convolutional layer?').
+    """
+    doubled = [axis for axis, factor in enumerate(factors) if factor == 2]
+    if not on_cpu() or set(factors) - {1, 2} or set(kernel.shape[:-2]) != {3}:
+        return conv(upsample(x, factors), kernel.astype(x.dtype), (1,) * len(factors))
+    for axis in reversed(doubled):  # (*K, C, F) -> (*K, C, phases F), the phase of the first axis slowest
+        kernel = jnp.moveaxis(jnp.tensordot(_PHASES, kernel, (2, axis)), (1, 0), (axis, -2))
+        kernel = kernel.reshape(*kernel.shape[:-2], -1)
+    edges = [(int(axis in doubled),) * 2 for axis in range(len(factors))]  # padded here: XLA is slow at it for two taps
+    wide = jnp.pad(x, ((0, 0), *edges, (0, 0)))
+    y = conv(wide, kernel.astype(x.dtype), (1,) * len(factors), tuple(1 - e for e, _ in edges))
+    y = y.reshape(*y.shape[:-1], *(2,) * len(doubled), -1)
+    for axis in doubled:  # the first phase axis is this one's
+        n, at = x.shape[1 + axis], 1 + axis
+        y = jnp.moveaxis(y, len(factors) + 1, 0)
+        pair = [jax.lax.slice_in_dim(y[phase], phase, phase + n, axis=at) for phase in (0, 1)]
+        y = jnp.stack(pair, at + 1).reshape(*pair[0].shape[:at], 2 * n, *pair[0].shape[at + 1 :])
+    return y
+
+
 class Conv(nn.Module):
-    """Convolution over all spatial axes of a (B, *S, C) array. `zero=True` starts the output at zero."""
+    """Convolution over all spatial axes of a (B, *S, C) array, which is up-sampled by `up` first.
+
+    `zero=True` starts the output at zero.
+    """
 
     features: int
     kernel: int | tuple[int, ...] = 3
     strides: int | tuple[int, ...] = 1
+    up: tuple[int, ...] = ()
     zero: bool = False
     dtype: Any = jnp.float32
 
@@ -117,7 +176,9 @@ class Conv(nn.Module):
         name = "zero" if self.zero else "kernel"
         kernel = self.param(name, _INITIALISERS[name], (*size, x.shape[-1], self.features))
         bias = self.param("bias", _INITIALISERS["bias"], (self.features,))
-        return conv(x.astype(self.dtype), kernel.astype(self.dtype), strides) + bias.astype(self.dtype)
+        x = x.astype(self.dtype)
+        y = conv_upsampled(x, kernel, self.up) if self.up else conv(x, kernel.astype(self.dtype), strides)
+        return y + bias.astype(self.dtype)
 
 
 class Dense(nn.Module):

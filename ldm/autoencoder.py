@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from launch.layers import Conv, GroupNorm
 from ldm import vq
-from ldm.blocks import Attention, ResBlock, fold, levels_of, recomputed, unfold, upsample
+from ldm.blocks import Attention, ResBlock, fold, levels_of, recomputed, unfold
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as in Rombach et al.'s code: keeps exp finite early in training
 
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
             for _ in range(self.blocks):
                 h = recomputed(ResBlock, self.remat)(self.widths[level], dtype=self.dtype)(h)
             if level:
-                h = Conv(self.widths[level - 1], dtype=self.dtype)(upsample(h, self.strides[level - 1]))
+                h = Conv(self.widths[level - 1], up=self.strides[level - 1], dtype=self.dtype)(h)
         cells = self.channels * math.prod(self.patch)
         return unfold(Conv(cells, dtype=self.dtype)(nn.silu(GroupNorm()(h))), self.patch).astype(jnp.float32)
 

@@ -69,14 +69,6 @@ def pool(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     return x
 
 
-def upsample(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:
-    """Nearest-neighbour up-sampling of (B, *S, C) by an integer factor per spatial axis."""
-    for axis, factor in enumerate(factors, start=1):
-        if factor > 1:
-            x = jnp.repeat(x, factor, axis=axis)
-    return x
-
-
 def fold(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:
     """Moves each `factors` patch of positions into channels: (B, *S, C) -> (B, *S / factors, prod(factors) C)."""
     batch, *space, channels = x.shape

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from launch import loop
-from launch.layers import Conv, Dense
-from ldm.blocks import fold, levels_of, pool, recomputed, unfold, upsample
+from launch.layers import Conv, Dense, upsample
+from ldm.blocks import fold, levels_of, pool, recomputed, unfold
 
 SLOPE = 0.2  # of the leaky rectifiers
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from launch.layers import Conv, Dense, GroupNorm
-from ldm.blocks import Attention, ResBlock, recomputed, upsample
+from ldm.blocks import Attention, ResBlock, recomputed
 
 
 def time_embedding(t: jax.Array, width: int, longest: float = 10_000.0) -> jax.Array:
@@ -64,5 +64,5 @@ class UNet(nn.Module):
             for _ in range(self.blocks + 1):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), self.width * mult, attend)
             if level:
-                h = Conv(self.width * mult, dtype=self.dtype)(upsample(h, factors.pop()))
+                h = Conv(self.width * mult, up=factors.pop(), dtype=self.dtype)(h)
         return Conv(z.shape[-1], zero=True, dtype=self.dtype)(nn.silu(GroupNorm()(h))).astype(jnp.float32)

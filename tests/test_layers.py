@@ -69,3 +69,17 @@ def test_init_follows_the_names_and_is_a_function_of_the_key():
     assert np.all(np.asarray(inner["GroupNorm_0"]["scale"]) == 1)
     again = jax.jit(lambda key: layers.init(init_fn, key))(jax.random.key(2))
     assert not np.array_equal(inner["Dense_0"]["kernel"], again["params"]["Dense_0"]["kernel"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(factors=st.lists(st.integers(1, 3), min_size=2, max_size=3), seed=st.integers(0, 99))
+def test_convolving_what_is_upsampled_by_phases(factors, seed):
+    rng = np.random.default_rng(seed)
+    rank = len(factors)
+    x = rng.standard_normal((2, *rng.integers(2, 5, rank), 2)).astype(np.float32)
+    kernel = rng.standard_normal((*(3,) * rank, 2, 3)).astype(np.float32)
+    large = x
+    for axis, factor in enumerate(factors, start=1):
+        large = large.repeat(factor, axis)
+    ours = layers.conv_upsampled(jnp.asarray(x), jnp.asarray(kernel), tuple(factors))
+    np.testing.assert_allclose(ours, reference_conv(large, kernel, (1,) * rank), rtol=1e-4, atol=1e-4)

@@ -4,6 +4,11 @@ A case names a network, its settings and a batch. With `file`, weights, inputs, 
 other side to start from and to agree with.
 """
 
+from launch import early
+
+if __name__ == "__main__":
+    early.settle()
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +51,7 @@ def autoencoder_case(case: dict) -> tuple[loop.Task, tuple]:
 
     x = draw.standard_normal((case["batch"], *shape)).astype(np.float32)
     eps = draw.standard_normal((case["batch"], *model.latent_shape)).astype(np.float32)
-    return loop.Task(autoencoder.task(model, kl_weight=KL_WEIGHT).init, loss), (x, eps)
+    return loop.Task(model.init, loss), (x, eps)
 
 
 def detector_case(case: dict) -> tuple[loop.Task, tuple]:
@@ -83,7 +88,7 @@ def train(case: dict) -> tuple[dict, Callable]:
     params, batch = parameters(task.init), mesh.put(host)
     if case.get("file"):
         gradient = jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, b, None)[0]))
-        loss, grads = gradient(params, batch)
+        loss, grads = gradient(params, jax.tree.map(lambda x: x[: _sides.ALIKE], host))
         save(case["file"], params, host, loss, grads)
     tx = loop.optimiser(steps=10**6, rate=1e-4)
     state = jax.eval_shape(functools.partial(loop.create, task=task, tx=tx, ema=(), select=False), jax.random.key(0))
