@@ -83,3 +83,17 @@ def test_convolving_what_is_upsampled_by_phases(factors, seed):
         large = large.repeat(factor, axis)
     ours = layers.conv_upsampled(jnp.asarray(x), jnp.asarray(kernel), tuple(factors))
     np.testing.assert_allclose(ours, reference_conv(large, kernel, (1,) * rank), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rank", "channels"), [(2, 96), (3, 2), (3, 96)])
+def test_two_rows_at_a_time_agree_with_xla_and_so_do_their_gradients(rank, channels):
+    rng = np.random.default_rng(rank)
+    x = rng.standard_normal((2, *(4, 6, 2)[:rank], channels)).astype(np.float32)
+    kernel = rng.standard_normal((*(3,) * rank, channels, channels)).astype(np.float32)
+    spatial = "DHW"[-rank:]
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    native = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,) * rank, "SAME", dimension_numbers=numbers)
+    ours, theirs = (jax.vjp(f, x, kernel) for f in (lambda x, k: layers.conv(x, k, (1,) * rank), native))
+    dy = rng.standard_normal(ours[0].shape).astype(np.float32)
+    for mine, other in zip((ours[0], *ours[1](dy)), (theirs[0], *theirs[1](dy)), strict=True):
+        np.testing.assert_allclose(mine, other, atol=5e-6 * float(jnp.abs(other).max()))
