@@ -181,8 +181,8 @@ def fit(
       The state after the last step, or after the one at which `on_eval` halted.
     Raises:
       FloatingPointError: on a non-finite loss, naming the step and the last good checkpoint.
-      SystemExit: with code 0 after SIGTERM to any of the processes, once all have saved the same step; the same command
-        goes on from there, on another number of processes if need be.
+      SystemExit: as `preempt.stop`, after SIGTERM to any of the processes, once all have saved the same step; the same
+        command goes on from there, on another number of processes if need be.
     """
     make = functools.partial(create, task=task, tx=tx, ema=ema, select=select)
     abstract = jax.eval_shape(make, key)
@@ -265,7 +265,7 @@ def fit(
         checkpoints.wait_until_finished()
         if done < steps and not halted:
             log.say(f"{name}: told to stop; saved at step {done}. The same command goes on from there.")
-            raise SystemExit(0)
+            preempt.stop()
         return state
 
 
