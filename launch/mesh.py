@@ -106,6 +106,23 @@ def put(local: Any) -> Any:
     return jax.tree.map(lambda x: one(np.asarray(x)), local)
 
 
+def put_whole(local: Any) -> Any:
+    """Rows (a tree of host arrays, the same on every process) as global arrays, whole on every device: for a number of rows
+    that the devices need not divide."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(), np.asarray(x)), local)
+
+
+def spread(batch: Any) -> Any:
+    """Inside a jitted function: has a batch's rows computed on all devices, also where these do not divide them."""
+    spatial = jax.sharding.get_abstract_mesh().shape["spatial"]
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_spec(x.shape, spatial)), batch)
+
+
+def from_first(values: Any) -> Any:
+    """Process 0's numpy arrays on every process: for what each would find out by itself, and not at the same moment."""
+    return values if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(values)
+
+
 def over_slabs(
     fn: Callable, x: jax.Array, weights: jax.Array, *, before: int, after: int, multiple: int = 1
 ) -> jax.Array | None:

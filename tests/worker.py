@@ -46,6 +46,7 @@ def main(folder: str, steps: str, seconds: str, told_at: str = "0") -> None:
         batches = [(X[:BATCH], BATCH), (X[BATCH : 2 * BATCH], 3)]
         seen = np.concatenate(list(mesh.stream(lambda x: outputs(state.params, x), batches)))
         assert seen.shape == (BATCH + 3, 16)
+        assert mesh.from_first(np.array([jax.process_index()])) == [0]
         return {"seen": float(seen.mean())}, False
 
     with jax.set_mesh(mesh.make()):
