@@ -87,7 +87,7 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     draw, source = drawing(config, build_generator(config, workdir))
     stage.claim(folder, settings_of(config, *made_of(config, last), "sample"), grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
-    missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
+    missing = absent(paths)
     if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
         missing = np.arange(len(paths))
     items = source if len(missing) == len(paths) else source[missing] if len(missing) else []
@@ -100,6 +100,12 @@ def sample(config: ConfigDict, workdir: Path) -> None:
             done += len(images)
             bar.update(len(images))
     stage.barrier("samples")
+
+
+def absent(paths: Sequence[Path]) -> np.ndarray:
+    """Which of the paths are not there, as process 0 sees them: it writes while others may still be looking."""
+    (numbers,) = np.nonzero(mesh.from_first(np.array([not path.exists() for path in paths], bool)))
+    return numbers.astype(np.int32)
 
 
 def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Sequence]:
@@ -212,7 +218,8 @@ def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -
 
 def dry_run(config: ConfigDict) -> int:
     """Prints what training and sampling cost on the machine that is planned for, for people and then as JSON."""
-    layout = {"devices": config.plan.devices or jax.device_count(), **config.mesh.to_dict()}
+    here = 1 if jax.default_backend() == "cpu" else jax.device_count()  # a CPU's cores are no accelerators
+    layout = {"devices": config.plan.devices or here, **config.mesh.to_dict()}
     generator, found = build_generator(config, Path()), {}
     names = ldm.stages(config.generator)
     for name in names:

@@ -21,7 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.dry_run = False
     config.plan = ConfigDict(
         {
-            "devices": config_dict.placeholder(int),  # of the machine that is planned for; None: as many as here
+            # accelerators of the machine that is planned for; None: as many as here, and one where there are none
+            "devices": config_dict.placeholder(int),
             "utilisation": 0.3,  # share of an accelerator's published peak that is reached: an assumption
         }
     )

@@ -81,7 +81,7 @@ def train(
     """Trains and publishes the parameters with the lowest loss on `held_out`.
 
     Raises:
-      ValueError: if there are fewer training images than devices.
+      ValueError: if the devices cannot share the batch.
     """
     if checkpoint.published(detector.folder) == fit["steps"]:
         return
@@ -103,14 +103,18 @@ def train(
 def at_most(batch: int, n: int) -> int:
     """The batch for `n` images: an image that is in a batch twice is a negative of itself, and pushed away from itself.
 
-    It may still be, in a batch that runs across the end of an epoch.
+    It may still be, in a batch that runs across the end of an epoch. It depends on the two numbers alone, not on the
+    machine: a multiple of eight, or of fewer than eight images a power of two, for as many devices to share.
     """
     if batch <= n:
         return batch
+    capped = n // 8 * 8 or 2 ** (n.bit_length() - 1)
     devices = mesh.shares()
-    capped = n // devices * devices
-    if not capped:
-        raise ValueError(f"{n} training images are fewer than the {devices} devices: enlarge data.fractions.train")
+    if capped % devices:
+        raise ValueError(
+            f"the {devices} devices cannot share a batch of {capped}, the most that {n} training images allow: set "
+            f"config.train.detector.batch to a multiple of {devices} that is at most {n}, or use fewer devices"
+        )
     why = f"with {n} training images, config.train.detector.batch={batch} would make an image a negative of itself"
     log.say(f"detector: {why}; batches of {capped} are used")
     return capped

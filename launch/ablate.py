@@ -12,6 +12,7 @@ of levels and seeds shows what each run is doing and what it found.
 
 import argparse
 import collections
+import contextlib
 import fcntl
 import json
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import jax
 
-from launch import findings, live, machine, stage, studies
+from launch import findings, live, machine, preempt, stage, studies
 from launch.log import ROOT
 
 TOLD_TO_STOP = 75  # exit code of one chain: an array job is to be queued again
@@ -61,7 +62,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code is 0 if all runs are done or the study was told to stop, 1 if some failed; see also TOLD_TO_STOP."""
+    """The exit code is 0 if all runs are done, 1 if some failed, `preempt.stopped_code()` if the study was told to stop; see
+    also TOLD_TO_STOP."""
     jax.config.update("jax_platforms", "cpu")  # here: the accelerators are for the runs
     flags, extra = parse(argv)
     study, workdir = studies.named(flags.study), flags.workdir.absolute()
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
             work.everything(asked, flags.devices.split(",") if flags.devices else [None])
     if work.stopping.is_set():
         print("study: told to stop; the same command goes on from here", file=sys.stderr)
-        return 0 if flags.only is None else TOLD_TO_STOP
+        return preempt.stopped_code() if flags.only is None else TOLD_TO_STOP
     if flags.only is None:
         print(findings.write(flags.study, study, [run for chain in chains for run in chain], workdir))
     failed = [run.name for chain in asked for run in chain if not work.done(run)]
@@ -145,7 +147,8 @@ class Work:
         here = [sys.executable, str(ROOT / "main.py")]
         arguments = studies.arguments(run, self.config, self.folder(run), self.workdir / "shared", self.extra)
         command = [*here, *arguments, "--config.dry_run=True"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}  # nothing is computed
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{run.name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
         return json.loads(done.stdout.splitlines()[-1])
@@ -154,8 +157,9 @@ class Work:
         return all((self.folder(run) / name).exists() for name in PRODUCTS)
 
     def everything(self, chains: list[list[studies.Run]], devices: list[str | None]) -> None:
-        """All runs, a chain on each device at a time; ends early, children stopped, on SIGTERM or SIGINT."""
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        """All runs, a chain on each device at a time; ends early, children stopped, on SIGINT or what else says so."""
+        heeded = [s for s in (*preempt.SIGNALS, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, self._stop) for s in heeded}
         free: queue.Queue[str | None] = queue.Queue()
         for device in devices:
             free.put(device)
@@ -232,7 +236,7 @@ class Work:
             )
         self.live[run.name] = process
         if self.stopping.is_set():  # told between the look and the start
-            process.terminate()
+            terminate(process)
         try:
             return process.wait()
         finally:
@@ -241,7 +245,7 @@ class Work:
     def _stop(self, *_) -> None:
         self.stopping.set()
         for process in list(self.live.values()):
-            process.terminate()
+            terminate(process)
 
     def say(self, text: str) -> None:
         with self._said:
@@ -251,6 +255,13 @@ class Work:
         every = list(self.workdir.glob("runs/*"))  # none yet when the table is first drawn
         done = sum(all((folder / name).exists() for name in PRODUCTS) for folder in every)
         return f"{(time.monotonic() - self._started) / 60:6.1f} min, {done} done"
+
+
+def terminate(process: subprocess.Popen) -> None:
+    """SIGTERM to a run and all that it started: --main may be a script, whose own death its main.py would not notice."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
 
 
 def told(cost: Mapping[str, float]) -> str:

@@ -16,30 +16,43 @@ from launch import layers, loop, mesh
 
 
 class Accelerator(NamedTuple):
-    """Of one device, as its maker publishes it: dense FLOP/s of float32 arrays' products at JAX's default precision (TF32
-    on GPUs, one bfloat16 pass on TPUs), bytes of memory, and bytes/s out of it over all its links to others like it."""
+    """Of one device, as its maker publishes it.
+
+    Dense FLOP/s of products of float32 arrays at JAX's default precision (`flops`: TF32 on GPUs, one bfloat16 pass on
+    TPUs) and of 16-bit arrays (`flops16`); bytes of memory; bytes/s out of it over all its links to the `node` devices
+    nearest to it; and bytes/s out of all of such a node to other nodes.
+    """
 
     flops: float
+    flops16: float
     memory: float
     links: float
+    node: int
+    between: float
 
 
 ACCELERATORS = {
-    "A100": Accelerator(156e12, 80e9, 300e9),  # SXM, 80 GB; NVLink 3
-    "H100": Accelerator(494e12, 80e9, 450e9),  # SXM; NVLink 4
-    "TPU v4": Accelerator(275e12, 32e9, 300e9),
-    "TPU v5e": Accelerator(197e12, 16e9, 200e9),
-    "TPU v6e": Accelerator(918e12, 32e9, 400e9),
+    # GPUs in nodes of eight, each with a network adapter of its own (200 and 400 Gbit/s), as in DGX A100 and H100: what a
+    # cloud rents may have a tenth of that. TPUs: a slice is one node; several slices are not told from one
+    "A100": Accelerator(156e12, 312e12, 80e9, 300e9, 8, 8 * 25e9),  # SXM, 80 GB; NVLink 3
+    "H100": Accelerator(494e12, 989e12, 80e9, 450e9, 8, 8 * 50e9),  # SXM; NVLink 4
+    "RTX 4090": Accelerator(82.6e12, 165.2e12, 24e9, 32e9, 8, 12.5e9),  # a 24 GB card; PCIe 4 x16, 100 Gbit/s a machine
+    "TPU v4": Accelerator(275e12, 275e12, 32e9, 300e9, 4096, float("inf")),
+    "TPU v5e": Accelerator(197e12, 197e12, 16e9, 200e9, 256, float("inf")),
+    "TPU v6e": Accelerator(918e12, 918e12, 32e9, 400e9, 256, float("inf")),
 }
 
 
 class Cost(NamedTuple):
-    """Of one step. `flops` is of all devices together; what follows is in bytes of one device."""
+    """Of one step. `flops` is of all devices together, as is `flops16`, the share of it that is of 16-bit arrays; what
+    follows is in bytes of one device."""
 
     devices: int
     parameters: int  # a number, not bytes
     flops: float
+    flops16: float
     weights: int
+    gathered: int  # what other devices hold of the weights, while it is used: at most all of it, as counted here
     gradients: int
     optimiser: int
     averages: int  # moving averages, and the best parameters where some are selected
@@ -49,7 +62,10 @@ class Cost(NamedTuple):
 
     @property
     def memory(self) -> int:
-        return sum(self[3:9])
+        return sum(getattr(self, name) for name in BYTES)
+
+
+BYTES = ("weights", "gathered", "gradients", "optimiser", "averages", "activations", "batch")
 
 
 class Stage(NamedTuple):
@@ -82,8 +98,8 @@ def of(
 
     Args:
       batch: tree of `jax.ShapeDtypeStruct`, the global batch, before `prepare`.
-      accumulate: parts that pass through the model one after the other: activations are those of one, and gradients are
-        there a second time while they are added.
+      accumulate: parts that pass through the model one after the other: activations are those of one, gradients are
+        there a second time while they are added, and each part's are summed over the devices.
       devices, fsdp, spatial: of the mesh that is planned for, as in `mesh.make`.
     Raises:
       ValueError: where the mesh does not fit the devices, or the batch the mesh.
@@ -100,32 +116,53 @@ def of(
         everything = jax.make_jaxpr(step)(state.params, batch, key).jaxpr
         traced = jax.make_jaxpr(step)(state.params, part, key).jaxpr
         once = jax.make_jaxpr(forward)(state.params, rows, key).jaxpr
-    held = lambda tree: sum(_bytes(leaf) // _shards(leaf.shape, fsdp) for leaf in jax.tree.leaves(tree))
+    held = lambda tree: _held(tree, fsdp)
     grads = len(jax.tree.leaves(state.params))
     return Cost(
         devices,
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
         flops(everything),
+        flops(everything, sixteen=True),
         held(state.params),
+        _held(state.params, 1) - held(state.params),
         held(state.params) * (1 + (accumulate > 1)),
         held(state.opt_state),
         held(state.ema) + held(state.best),
         peak(traced, _variables(traced.outvars[-grads:])) // spatial,
         3 * sum(_bytes(leaf) for leaf in jax.tree.leaves(rows)) // spatial,  # one in use, one ready, one coming
-        round(sum(reduction(leaf, devices, fsdp) for leaf in jax.tree.leaves(state.params)))
+        accumulate * round(sum(reduction(leaf, devices, fsdp) for leaf in jax.tree.leaves(state.params)))
         + (2 * borders(once) if spatial > 1 else 0),
     )
 
 
 def drawing(draw: Callable, weights: Any, batch: Any, *, devices: int = 1, fsdp: int = 1, spatial: int = 1) -> Cost:
-    """The cost of `draw(weights, batch)` without gradients, as in sampling; weights are whole on every device."""
+    """The cost of `draw(weights, batch)` without gradients, as in sampling. Weights are shared as in training, and gathered
+    at every turn of its longest loop (from above: a compiler may gather them once)."""
     rows = _rows(batch, devices, fsdp, spatial)
     with layers.lowered_for("accelerator"):
         everything, traced = (jax.make_jaxpr(draw)(weights, items).jaxpr for items in (batch, rows))
-    whole = sum(_bytes(leaf) for leaf in jax.tree.leaves(weights))
-    number = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(weights))
-    borne = peak(traced) // spatial
-    return Cost(devices, number, flops(everything), whole, 0, 0, 0, borne, sum(map(_bytes, jax.tree.leaves(rows))), 0)
+    held = _held(weights, fsdp)
+    gathered = _held(weights, 1) - held
+    turns = max((times for _, times in _equations(traced)), default=1)
+    return Cost(
+        devices,
+        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(weights)),
+        flops(everything),
+        flops(everything, sixteen=True),
+        held,
+        gathered,
+        0,
+        0,
+        0,
+        peak(traced) // spatial,
+        sum(map(_bytes, jax.tree.leaves(rows))) // spatial,
+        turns * gathered + (borders(traced) if spatial > 1 else 0),
+    )
+
+
+def _held(tree: Any, fsdp: int) -> int:
+    """Bytes of a tree on one device."""
+    return sum(_bytes(leaf) // _shards(leaf.shape, fsdp) for leaf in jax.tree.leaves(tree))
 
 
 def _rows(batch: Any, devices: int, fsdp: int, spatial: int, parts: int = 1) -> Any:
@@ -145,8 +182,13 @@ def _rows(batch: Any, devices: int, fsdp: int, spatial: int, parts: int = 1) -> 
 
 def seconds(cost: Cost, accelerator: Accelerator, utilisation: float) -> float:
     """Predicted seconds a step: the arithmetic at that share of the published peak, or the communication, whichever is
-    longer (they overlap). The share is an assumption, not a measurement."""
-    return max(cost.flops / cost.devices / (accelerator.flops * utilisation), cost.communication / accelerator.links)
+    longer (they overlap). The share is an assumption, not a measurement.
+
+    Over several nodes a ring sends what a device sends once out of each node as well, by all its devices' adapters.
+    """
+    wires = accelerator.links if cost.devices <= accelerator.node else min(accelerator.links, accelerator.between)
+    arithmetic = (cost.flops - cost.flops16) / accelerator.flops + cost.flops16 / accelerator.flops16
+    return max(arithmetic / cost.devices / utilisation, cost.communication / wires)
 
 
 def table(stages: Mapping[str, Stage], utilisation: float) -> str:
@@ -154,7 +196,7 @@ def table(stages: Mapping[str, Stage], utilisation: float) -> str:
     rows = {"steps": [f"{s.steps:,}" for s in stages.values()]}
     rows["parameters"] = [f"{s.cost.parameters:,}" for s in stages.values()]
     rows["GFLOP a step"] = [f"{s.cost.flops / 1e9:,.3f}" for s in stages.values()]
-    for name in (*Cost._fields[3:9], "memory", "communication"):
+    for name in (*BYTES, "memory", "communication"):
         label = {"memory": "MiB a device in all", "communication": "MiB sent a step"}.get(name, f"MiB of {name}")
         rows[label] = [f"{getattr(s.cost, name) / 2**20:,.2f}" for s in stages.values()]
     lines = [f"{'':22}" + "".join(f"{name:>14}" for name in stages)]
@@ -165,7 +207,15 @@ def table(stages: Mapping[str, Stage], utilisation: float) -> str:
     for name, kind in ACCELERATORS.items():
         hours = sum(s.steps * seconds(s.cost, kind, utilisation) for s in stages.values()) / 3600
         fits = "fits" if worst <= kind.memory else "DOES NOT FIT"
-        lines.append(f"  {name:8}{hours:>12.3g} h; {worst / 1e9:.3g} GB of a device's {kind.memory / 1e9:g}: {fits}")
+        nodes = -(-devices // kind.node)
+        far = (
+            f"; {nodes} nodes, {kind.between / 1e9:g} GB/s out of each"
+            if nodes > 1 and np.isfinite(kind.between)
+            else ""
+        )
+        lines.append(
+            f"  {name:8}{hours:>12.3g} h; {worst / 1e9:.3g} GB of a device's {kind.memory / 1e9:g}: {fits}{far}"
+        )
     return "\n".join(lines)
 
 
@@ -211,10 +261,14 @@ def borders(jaxpr: core.Jaxpr) -> int:
 # ---- what a traced program says
 
 
-def flops(jaxpr: core.Jaxpr) -> float:
+def flops(jaxpr: core.Jaxpr, sixteen: bool = False) -> float:
     """Multiplications and additions of its matrix products and convolutions, loops counted as often as they run; of
-    branches all are counted, and of a `while` one turn."""
-    return sum(times * _own_flops(eqn) for eqn, times in _equations(jaxpr))
+    branches all are counted, and of a `while` one turn. sixteen: only those whose arrays have elements of 16 bits."""
+    return sum(times * _own_flops(eqn) for eqn, times in _equations(jaxpr) if not sixteen or _is_sixteen(eqn))
+
+
+def _is_sixteen(eqn: core.JaxprEqn) -> bool:
+    return all(var.aval.dtype.itemsize == 2 for var in eqn.invars[:2] if hasattr(var.aval, "dtype"))
 
 
 def _own_flops(eqn: core.JaxprEqn) -> float:

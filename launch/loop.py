@@ -172,7 +172,7 @@ def fit(
       ema: decays of the moving averages to keep.
       prepare: jitted `prepare(batch, key) -> batch` run on the device before the step (frozen models, augmentation).
       held_out: yields global batches on which the loss and its metrics are reported, as `held_out_...`, every `eval_every`
-        steps.
+        steps, each batch weighted by its rows: see `whole_batches`.
       on_eval: `on_eval(step, state) -> (metrics, halt)` after each measurement of the held-out loss, on every process;
         `halt` ends training at that step, checkpoint saved.
       select: keep the parameters with the best held-out loss in `State.best`.
@@ -181,8 +181,8 @@ def fit(
       The state after the last step, or after the one at which `on_eval` halted.
     Raises:
       FloatingPointError: on a non-finite loss, naming the step and the last good checkpoint.
-      SystemExit: with code 0 after SIGTERM to any of the processes, once all have saved the same step; the same command
-        goes on from there, on another number of processes if need be.
+      SystemExit: as `preempt.stop`, after SIGTERM to any of the processes, once all have saved the same step; the same
+        command goes on from there, on another number of processes if need be.
     """
     make = functools.partial(create, task=task, tx=tx, ema=ema, select=select)
     abstract = jax.eval_shape(make, key)
@@ -208,7 +208,7 @@ def fit(
             donate_argnums=0,
             out_shardings=(shardings, mesh.replicated()),
         )
-        loss_fn = jax.jit(task.loss)
+        loss_fn = jax.jit(lambda params, batch, key: task.loss(params, mesh.spread(batch), key))
         best_fn = jax.jit(keep_best, donate_argnums=0, out_shardings=shardings)
         metrics = log.Metrics(folder, start)
         bar = log.progress(name, steps, start)
@@ -246,8 +246,7 @@ def fit(
             done = step + 1
             stop = done == steps or (agreed if several else told())
             if held_out and (done % eval_every == 0 or done == steps):
-                losses = [loss_fn(state.params, b, eval_key) for b in held_out()]
-                loss, others = jax.tree.map(lambda *values: jnp.stack(values).mean(), *losses)
+                loss, others = mean_over_rows([(b, loss_fn(state.params, b, eval_key)) for b in held_out()])
                 if select:
                     state = best_fn(state, loss)
                 values, halted = on_eval(done, state) if on_eval else ({}, False)
@@ -265,19 +264,21 @@ def fit(
         checkpoints.wait_until_finished()
         if done < steps and not halted:
             log.say(f"{name}: told to stop; saved at step {done}. The same command goes on from there.")
-            raise SystemExit(0)
+            preempt.stop()
         return state
 
 
-def whole_batches(in_order: Callable, images: Sequence, batch: int) -> Iterator[jax.Array]:
-    """`images` in order as global batches of at most `batch`; a last one that is not full is left out.
+def mean_over_rows(found: Sequence[tuple[Any, Any]]) -> Any:
+    """Mean of what was measured (a tree of scalars) of each batch, each weighted by its rows: (batch, measured) of each."""
+    rows = jnp.array([len(jax.tree.leaves(batch)[0]) for batch, _ in found])
+    return jax.tree.map(lambda *values: rows / rows.sum() @ jnp.stack(values), *(measured for _, measured in found))
 
-    Where there are fewer images than devices, all are repeated equally often.
+
+def whole_batches(in_order: Callable, images: Sequence, batch: int) -> Iterator[jax.Array]:
+    """`images` in order, each once, as global batches of `batch`, of which the last has the rows that are left.
+
+    So they are the same on any number of devices. That last one is whole on every device, since no number of rows but
+    `batch` need be a multiple of the devices; `fit` spreads the work on it all the same.
     """
-    devices = mesh.shares()
-    if len(images) < devices:
-        images = [image for _ in range(devices) for image in images]
-    batch = min(batch, len(images)) // devices * devices
     for x, valid in in_order(images, batch):
-        if valid == batch:
-            yield mesh.put(x[mesh.rows(batch)])
+        yield mesh.put(x[mesh.rows(batch)]) if valid == batch else mesh.put_whole(x[:valid])

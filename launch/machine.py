@@ -26,14 +26,14 @@ def cache_folder() -> Path:
 
 
 def start(batches: Sequence[int] = ()) -> None:
-    """Connects the processes, where there are several, turns on JAX's persistent compilation cache, heeds SIGTERM.
+    """Connects the processes, where there are several, turns on JAX's persistent compilation cache, heeds signals to stop.
 
     On a CPU each core is a device of its own, as many as divide all `batches`: a training step of the UNet took 1.25 to
     1.45 times as long where two cores were one device (jax 0.10.2). A number of CPU devices that the user asked for stands.
 
     Several processes find each other by themselves where `launcher` says so; elsewhere set JAX_COORDINATOR_ADDRESS
     (host:port of process 0), FACSIMILE_PROCESSES and FACSIMILE_PROCESS. With FACSIMILE_METADATA, a cloud machine's
-    metadata server, maintenance events count as SIGTERM. Compiled code is kept per machine name, since it is made for
+    metadata server, maintenance and preemption count as SIGTERM. Compiled code is kept per machine name, since it is made for
     the machine's own processor.
     """
     if not flags.FLAGS["verbosity"].present:
@@ -45,7 +45,18 @@ def start(batches: Sequence[int] = ()) -> None:
     if not asked:
         jax.config.update("jax_num_cpu_devices", cpu_devices(cores(), batches))
     connect(launcher(os.environ, _has_tpu()))
+    refuse_a_cpu_for_a_gpu(os.environ, jax.default_backend())
     preempt.listen(os.environ.get("FACSIMILE_METADATA"))
+
+
+def refuse_a_cpu_for_a_gpu(env: Mapping[str, str], backend: str) -> None:
+    """Raises ValueError where the environment names GPUs and JAX fell back on the CPU, at a thousandth of their speed."""
+    asked = env.get("CUDA_VISIBLE_DEVICES", "")
+    if backend == "cpu" and asked not in ("", "-1", "NoDevFiles") and env.get("JAX_PLATFORMS") != "cpu":
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={asked} names GPUs, but JAX sees none and would run on the CPU: install jax[cuda13] or "
+            "jax[cuda12] (docs/studies.md), or ask for the CPU with JAX_PLATFORMS=cpu"
+        )
 
 
 def cores() -> int:

@@ -106,6 +106,23 @@ def put(local: Any) -> Any:
     return jax.tree.map(lambda x: one(np.asarray(x)), local)
 
 
+def put_whole(local: Any) -> Any:
+    """Rows (a tree of host arrays, the same on every process) as global arrays, whole on every device: for a number of rows
+    that the devices need not divide."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(), np.asarray(x)), local)
+
+
+def spread(batch: Any) -> Any:
+    """Inside a jitted function: has a batch's rows computed on all devices, also where these do not divide them."""
+    spatial = jax.sharding.get_abstract_mesh().shape["spatial"]
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_spec(x.shape, spatial)), batch)
+
+
+def from_first(values: Any) -> Any:
+    """Process 0's numpy arrays on every process: for what each would find out by itself, and not at the same moment."""
+    return values if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(values)
+
+
 def over_slabs(
     fn: Callable, x: jax.Array, weights: jax.Array, *, before: int, after: int, multiple: int = 1
 ) -> jax.Array | None:
@@ -170,8 +187,8 @@ def stream(fn: Callable, batches: Iterable[tuple[np.ndarray, int]]) -> Iterator[
     """Runs a jitted `fn` over ordered batches (array, number of valid rows); yields host results without the padding.
 
     Every process iterates over the same whole batches, computes its own rows, and receives all of them. The next batch
-    is started before the last one is fetched. Raises SystemExit with code 0 once one of several processes is told to
-    stop.
+    is started before the last one is fetched. Raises SystemExit once one of several processes is told to stop, but not
+    while training: see `preempt.stop_together`.
     """
     waiting = None
     for batch, valid in batches:

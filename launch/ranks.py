@@ -51,15 +51,22 @@ def differ(values_BxL: np.ndarray) -> tuple[float, float]:
     return tuple(min(1.0, sum(p for sums, p in chance.items() if spread(sums) >= s - 1e-6)) for s in (seen, most))
 
 
-def mean_interval(values: np.ndarray, halves: np.ndarray, low: float = -np.inf, high: float = np.inf) -> list[float]:
-    """[mean, low, high] of repetitions with other seeds, each with a 95 % interval of half-width `halves` of its own.
+def mean_interval(
+    values: np.ndarray, below: np.ndarray, above: np.ndarray, low: float = -np.inf, high: float = np.inf
+) -> list[float]:
+    """[mean, low, high] of repetitions with other seeds, each with a 95 % interval of its own.
 
     The seeds' t-interval says how runs differ; what a run's own interval says of the patients is common to all runs, who
-    share them, and more seeds do not narrow it. So the two are added in quadrature. One repetition: its own interval.
+    share them, and more seeds do not narrow it. So the two are added in quadrature, on each side by itself: a rate of 0
+    has all of its interval above it. One repetition: its own interval.
+
+    Args:
+      values, below, above: of each repetition its value, and how far its own interval reaches below it and above it.
+      low, high: ends of the scale.
     """
-    own = float(np.sqrt(np.mean(np.square(halves))))
     between = 0.0
     if len(values) > 1:
         between = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    mean, half = float(np.mean(values)), float(np.hypot(own, between))
-    return [mean, max(low, mean - half), min(high, mean + half)]
+    mean = float(np.mean(values))
+    down, up = (float(np.hypot(np.sqrt(np.mean(np.square(side))), between)) for side in (below, above))
+    return [mean, max(low, mean - down), min(high, mean + up)]

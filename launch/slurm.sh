@@ -10,10 +10,10 @@
 #
 # One run on several nodes needs no script: sbatch --nodes=4 --ntasks-per-node=1 --wrap='srun python main.py ...'
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
 
-if [ "${1:-}" = --task ]; then # inside a task of the array
+if [ "${1:-}" = --task ]; then # inside a task of the array, where this file is a copy in slurmd's own folder
+  cd "$SLURM_SUBMIT_DIR"       # the repository: sbatch was called from there
   shift
   code=0
   srun --ntasks=1 "$python" -m launch.ablate "$@" --only="$SLURM_ARRAY_TASK_ID" || code=$?
@@ -23,6 +23,7 @@ if [ "${1:-}" = --task ]; then # inside a task of the array
   exit "$code"
 fi
 
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry=""
 study=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do

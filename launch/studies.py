@@ -22,7 +22,8 @@ class Level(NamedTuple):
 class Study(NamedTuple):
     """`paper`: what Dar et al. report of copies as the factor grows, 'rises' or 'falls'; None where they report nothing.
 
-    `ordered`: whether the levels have an order, in which copies may rise or fall.
+    `ordered`: whether the levels have an order, in which copies may rise or fall. `deciding`: the measure that answers the
+    question (`measures.py`), the one that is tested.
     """
 
     question: str
@@ -30,6 +31,7 @@ class Study(NamedTuple):
     levels: Sequence[Level]
     paper: str | None = None
     ordered: bool = True
+    deciding: str = "copies"
 
 
 class Run(NamedTuple):
@@ -41,6 +43,7 @@ class Run(NamedTuple):
 
 # of every run: an audit that found copies is no failure, and what a study does not show is not measured
 ALWAYS = {"audit.exit_code": False, "audit.spaces": (), "audit.membership": False}
+DUPLICATED = 8  # patients of the study of duplication who are in the training set several times
 # along one training run the learning rate must not depend on where it ends
 ONE_RUN = {"train.diffusion.optimiser.decay_to": 1.0}
 
@@ -100,14 +103,18 @@ STUDIES = {
         "Are more patients found as more images are drawn?",
         "images drawn",
         numbers("sample.n", (32, 64, 128, 256, 512)),
+        deciding="patients",
     ),
     "duplication": Study(
         "Are patients copied more who are in the data several times? Eight of them are; the others once.",
         "times that eight patients are in the training set",
         [
-            Level(str(k), {"data.cohort.duplicates": 8 if k > 1 else 0, "data.cohort.copies": max(k - 1, 1)}, k)
+            Level(
+                str(k), {"data.cohort.duplicates": DUPLICATED if k > 1 else 0, "data.cohort.copies": max(k - 1, 1)}, k
+            )
             for k in (1, 2, 5, 15)
         ],
+        deciding="duplicated",
     ),
     "generator": Study(
         "Do latent diffusion models copy more than autoencoders and GANs?",

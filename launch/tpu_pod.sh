@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # A run of main.py on a TPU slice, one host or many, by gcloud.
 #
-#   launch/tpu_pod.sh [--dry_run] create|copy|collect|delete|watch
+#   launch/tpu_pod.sh [--dry_run] create|copy|follow|stop|collect|delete|watch
 #   launch/tpu_pod.sh [--dry_run] run --config=configs/xray.py:paper --mode=train,sample,audit --workdir=/disk/paper
 #   launch/tpu_pod.sh [--dry_run] all --config=... --mode=... --workdir=/disk/...     (create, copy, run, collect, delete)
 #
 # The slice: NAME, ZONE, TYPE (v5litepod-16, v4-32, v6e-16), VERSION (its software: tpu-ubuntu2204-base, v2-alpha-tpuv6e),
 # SPOT=1. More than one host needs a disk that all of them see: NFS=SERVER:/SHARE is mounted as /disk. RESULTS is the
 # folder here that `collect` copies /disk into. All hosts start the same command and find each other by the TPU's own
-# metadata; a maintenance event saves and ends them with code 0, and the same command goes on, on another slice too.
+# metadata. `run` starts it detached and follows it: where the connection breaks it runs on, and `follow` looks again;
+# `stop`, or SIGTERM here, has it save and end. A maintenance event does too, with code 75, and then `run` starts it again;
+# where the slice itself was taken, create another: the same command goes on. `all` fails where NAME exists, and deletes
+# the slice only once the run is done and its results are here; code 3 or 4 is the verdict of a run that is done.
 # A study on slices: python -m launch.ablate --main='launch/tpu_pod.sh run' ... where /disk is mounted here as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 dry=""
 if [ "${1:-}" = --dry_run ]; then dry=1 && shift; fi
-[ $# -gt 0 ] || { sed -n '2,16s/^# \{0,1\}//p' "launch/tpu_pod.sh" >&2 && exit 2; }
+[ $# -gt 0 ] || { sed -n '2,17s/^# \{0,1\}//p' "launch/tpu_pod.sh" >&2 && exit 2; }
 
 execute() { # prints a command, and runs it unless --dry_run
   printf '%q ' "$@" && echo
@@ -37,8 +40,33 @@ copy() {
     sudo mkdir -p /disk; ${NFS:+sudo apt-get install -qq -y nfs-common; mountpoint -q /disk || sudo mount -t nfs $NFS /disk;}
     sudo chown \$(id -u) /disk"
 }
-run() {
-  on_all "cd facsimile && FACSIMILE_METADATA=http://metadata.google.internal .venv/bin/python main.py $(printf '%q ' "$@")"
+
+# On each host: run.pid is main.py's, run.log what it says, run.code its exit code once it has ended, run.stop there if it
+# was told to stop by hand.
+start() {
+  # shellcheck disable=SC2016 # the hosts' shells expand it
+  local detached='"$@" & echo $! >run.pid; wait $!; echo $? >run.code'
+  on_all "cd facsimile; kill -0 \$(cat run.pid 2>/dev/null) 2>/dev/null && { echo 'a run is there already: follow or stop it' >&2; exit 1; }
+    rm -f run.code run.stop run.pid; export FACSIMILE_METADATA=http://metadata.google.internal FACSIMILE_STOPPED_CODE=75
+    setsid nohup bash -c '$detached' run >run.log 2>&1 </dev/null .venv/bin/python main.py $(printf '%q ' "$@") &
+    until [ -e run.pid ]; do sleep 0.1; done"
+}
+follow() {
+  on_all "cd facsimile; tail -n +1 -f --pid=\$(cat run.pid) run.log; until [ -e run.code ]; do sleep 0.1; done
+    [ ! -e run.stop ] || { echo 'stopped by hand; the same command goes on' >&2; exit 130; }; exit \$(cat run.code)"
+}
+stop() {
+  on_all "cd facsimile; touch run.stop; kill -TERM \$(cat run.pid); tail -f --pid=\$(cat run.pid) /dev/null"
+}
+run() { # its exit code is main.py's
+  trap 'stop; exit 75' TERM
+  for _ in {1..50}; do
+    start "$@"
+    code=0
+    follow || code=$?
+    [ "$code" = 75 ] || break
+  done
+  case $code in 0 | 3 | 4) ;; *) exit "$code" ;; esac
 }
 collect() {
   execute mkdir -p "$RESULTS"
@@ -47,13 +75,24 @@ collect() {
 delete() { execute gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE" --quiet; }
 watch() { execute gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format="value(state,health)"; }
 
+code=0
 what=$1 && shift
 case $what in
-  create | copy | collect | delete | watch) "$what" ;;
+  create) create ;;
+  copy) copy ;;
   run) run "$@" ;;
-  all)
-    create && copy && run "$@"
-    collect && delete
+  follow) follow ;;
+  stop) stop ;;
+  collect) collect ;;
+  delete) delete ;;
+  watch) watch ;;
+  all) # a step that fails ends it, and what is there stays
+    create
+    copy
+    run "$@"
+    collect
+    delete
     ;;
-  *) echo "error: $what: use create, copy, run, collect, delete, watch or all" >&2 && exit 2 ;;
+  *) echo "error: $what: use create, copy, run, follow, stop, collect, delete, watch or all" >&2 && exit 2 ;;
 esac
+exit "$code"

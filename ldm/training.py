@@ -186,7 +186,7 @@ def train_diffusion(
         return
     params = load_autoencoder(generator)
     mean, std = moments(generator)
-    encode = jax.jit(lambda params, x: tuple(generator.autoencoder.encode(params, x)))
+    encode = jax.jit(lambda params, x: tuple(generator.autoencoder.encode(params, mesh.spread(x))))
 
     # not in the step: it would be compiled again for other moments
     normalise = jax.jit(lambda q, mean, std: ((q[0] - mean) / std, q[1] - 2 * jnp.log(std)))

@@ -38,10 +38,15 @@ def main(argv):
     if steps and (not done or done[-1] < steps):
         diffusion.parent.mkdir(exist_ok=True)
         diffusion.write_text(json.dumps([*done, steps]))
-    rate = np.clip(0.01 * width + 0.02 * seed + 0.0003 * steps, 0, 1)
+    rate = float(np.clip(0.01 * width + 0.02 * seed + 0.0003 * steps - float(flags.get("config.less", 0)), 0, 1))
     both = lambda name, value: {name: value, f"{name}_ci": [value - 0.01, value + 0.01]}
+    seen = float(flags.get("config.seen", 0.9))
     audit = {
-        "verdict": "FAIL",
+        "verdict": "FAIL" if rate else "INCONCLUSIVE",
+        "policy": {"min_recall": 0.8},
+        "power": {**both("recall", seen), "min_detectable_copy_rate": 0.15 if seen else None},
+        "rendering": {"differs": False},
+        "negative_control": {"excess_p_value": 0.5},
         "n_train": 40,
         "n_train_patients": 40,
         "n_val_patients": 160,

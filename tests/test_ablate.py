@@ -13,7 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from launch import ablate, findings, ranks, studies
+from data import cohort
+from launch import ablate, findings, law, measures, ranks, studies
 from tests.conftest import ROOT
 
 FAKE = f"--main={shlex.join([sys.executable, str(ROOT / 'tests' / 'fake_main.py')])}"
@@ -61,7 +62,8 @@ def test_a_study_runs_and_is_not_run_again(tmp_path, capsys):
     ends = sorted(half, key=float)
     reach = 100 * math.hypot(half[ends[0]], half[ends[-1]])  # every seed says the same; each run knows only so much
     assert f"by +48.0 percentage points [{48 - reach:+.1f}, {min(48 + reach, 100):+.1f}]" in html and reach > 1
-    assert "report that it rises" in html
+    assert "report that copies rise" in html
+    assert "<td>15.0 %</td>" in html and "<th>planted copies seen</th>" in html
     capsys.readouterr()
     assert ablate.main([*flags("width", tmp_path), FAKE]) == 0
     assert "started" not in capsys.readouterr().err and results(tmp_path) == before
@@ -80,16 +82,139 @@ def test_the_law_finds_the_exponent(tmp_path):
     assert "no exponent" in (tmp_path / "study.html").read_text()
     rates = {2: 0.0, 4: 0.25, 8: 0.75}  # of steps / n
     made = [
-        {"seed": seed, "group": n, "x": x, "copies": rate}
+        {"seed": seed, "group": n, "x": x, "copies": rate, "copies_low": rate, "copies_high": rate, "blind": ""}
         for seed in range(3)
         for n in (16, 32, 64, 128)
         for x, rate in rates.items()
     ]
-    assert "to the power 1.00 [1.00, 1.00] over 3 seeds, n from 16 to 128" in findings.law(made)
+    said = law.law(made)
+    assert "to the power 1.00 [1.00, 1.00] over 3 seeds, images and patients, n from 16 to 128" in said
+    assert "audited after 2 to 8 steps a training image (published: 1)." in said
+    late = [row | ({"copies": 0.4} if (row["seed"], row["group"], row["x"]) == (1, 128, 8) else {}) for row in made]
+    assert "(published: 1); no crossing there: seed 1 at 128." in law.law(late)
     made = [{**row, "copies": row["copies"] / row["group"]} for row in made if row["group"] < 128]
     (said,) = findings.by_size(made)
     assert said.startswith("After the same 128 steps")
     assert "16: 4.7 %, 32: 0.8 %, 64: 0.0 % of" in said and "it falls" in said
+
+
+def test_the_laws_interval_has_that_of_the_rates():
+    """Against rates drawn anew from their intervals."""
+    rng, sizes, rates = np.random.default_rng(0), (16, 32, 64, 128), {2: 0.1, 4: 0.3, 8: 0.75}
+
+    def rows(off=lambda: 0.0):
+        return [
+            {"seed": 0, "group": n, "x": x, "copies": r + off(), "copies_low": r - 0.04, "copies_high": r + 0.04}
+            for n in sizes
+            for x, r in rates.items()
+        ]
+
+    def slope(rows):
+        return law.exponent({n: law.crossing(sorted(
+            (r["x"] * n, r["copies"], r["copies_low"], r["copies_high"]) for r in rows if r["group"] == n
+        )) for n in sizes})  # fmt: skip
+
+    value, below, above = slope(rows())
+    drawn = [slope(rows(lambda: rng.normal(0, 0.04 / 1.96)))[0] for _ in range(2000)]
+    assert value == pytest.approx(1.0)
+    assert 1.96 * np.std(drawn) == pytest.approx(below, rel=0.1) == pytest.approx(above, rel=0.1)
+    assert f"[{1 - below:.2f}, {1 + above:.2f}] over images and patients of one seed" in law.law(rows())
+
+
+def test_one_repetition_has_its_own_interval():
+    for value, low, high in ((0.0, 0.0, 0.056), (1.0, 0.944, 1.0), (0.9, 0.6, 0.95)):
+        below, above = findings.reach(*np.array([[value], [low], [high]]))
+        assert ranks.mean_interval(np.array([value]), below, above, 0.0, 1.0) == pytest.approx([value, low, high])
+        three = ranks.mean_interval(np.full(3, value), np.full(3, value - low), np.full(3, high - value), 0.0, 1.0)
+        assert three == pytest.approx([value, low, high]), "seeds that agree do not narrow what all share"
+    mean, low, high = ranks.mean_interval(np.array([0.1, 0.2, 0.3]), np.full(3, 0.05), np.full(3, 0.2))
+    between = 4.302653 * 0.1 / math.sqrt(3)
+    assert (mean, low, high) == pytest.approx((0.2, 0.2 - math.hypot(0.05, between), 0.2 + math.hypot(0.2, between)))
+
+
+def test_a_difference_takes_the_far_side_of_each_interval():
+    """From 0 of 64 to 64 of 64: each knows 5.6 % on its inner side."""
+    study = studies.named("width")
+    ends = {16: (0.0, 0.0, 0.056), 32: (0.5, 0.4, 0.6), 64: (1.0, 0.944, 1.0)}
+    rows = [
+        {"seed": 0, "group": 0, "x": x, "level": str(x)}
+        | {f"{key}{end}": v for key in measures.of(study) for end, v in zip(("", "_low", "_high"), of, strict=True)}
+        for x, of in ends.items()
+    ]
+    test = findings.tested(study, rows)["copies"]
+    assert [test["change"], *test["change_ci"]] == pytest.approx([1.0, 1 - math.hypot(0.056, 0.056), 1.0])
+
+
+def test_what_could_not_be_seen_is_not_reproduced(tmp_path):
+    """At the lowest width nothing is found: by audits that see 90 % of planted copies, and by some that see 30 %."""
+    for seen, said in (("0.9", "reproduced here"), ("0.3", "not shown: these audits could not have seen copies")):
+        folder = tmp_path / seen
+        assert ablate.main([*flags("width", folder, "--config.less=0.2", f"--config.seen={seen}"), FAKE]) == 0
+        text = (folder / "study.html").read_text()
+        assert f"Dar et al. report that copies rise: {said}" in text, seen
+        assert ("of planted copies fewer than 80 % are seen" in text) == (seen == "0.3")
+        lowest = [row for row in rows(folder) if row["level"] == "16"]
+        assert all(float(row["copies"]) == 0 and row["least"] == "0.15" and row["seen"] == seen for row in lowest)
+        assert all(bool(row["blind"]) == (seen == "0.3") for row in lowest)
+
+
+def test_why_an_audit_was_blind():
+    audit = {
+        "verdict": "INCONCLUSIVE",
+        "policy": {"min_recall": 0.8},
+        "power": {"recall": 0.9},
+        "rendering": {"differs": True},
+        "negative_control": {"excess_p_value": 0.001},
+    }
+    why = "synthetic and real images are rendered differently; the negative control is too high"
+    assert measures.blind(audit) == why and measures.blind({**audit, "verdict": "FAIL"}) == ""
+    assert measures.blind({**audit, "rendering": {"differs": False}, "negative_control": {"excess_p_value": 1}}) == ""
+
+
+def test_levels_without_an_order_name_those_that_could_not_be_seen():
+    study = studies.named("generator")
+    rows = [
+        {"seed": seed, "group": 0, "x": x, "level": name, "blind": "" if x < 2 else "the negative control is too high"}
+        | {f"{key}{end}": float(x == 0) for key in measures.of(study) for end in ("", "_low", "_high")}
+        | {"least": 0.1}
+        for seed in range(3)
+        for x, name in enumerate(("LDM", "VAE", "GAN"))
+    ]
+    first, *more = findings.said(study, rows, findings.summary(study, rows), findings.tested(study, rows))
+    assert first.startswith("Levels are not shown to differ in the copy rate (exact Friedman test over 3 repetitions")
+    why = "these audits could not have seen copies (the negative control is too high)"
+    assert more == [f"GAN: {why}; a difference from it is not shown."]
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_duplicated_people_are_told_from_single_ones(tmp_path, times):
+    """As the cohort itself plants them, of which four of eight are found, and three of the 24 others."""
+    level = next(level for level in studies.named("duplication").levels if level.x == times)
+    plan = {key.removeprefix("data.cohort."): value for key, value in level.overrides.items()}
+    truth = cohort.records(subjects={"train": 32}, **plan)
+    sources = cohort.records(subjects={"train": 32}, duplicates=8)[32:]
+    several = [row.duplicate_of.removesuffix("_scan-0") for row in sources]
+    planted = {row.patient: row.duplicate_of.removesuffix("_scan-0") for row in truth if row.duplicate_of}
+    named = [next((p for p in planted if planted[p] == who), who) for who in several[:3]] + [several[3]]
+    single = [row.patient for row in truth if not row.duplicate_of and row.patient not in several]
+    verdicts = [(who, 1) for who in named * 2 + single[:3]] + [(single[4], 0), (several[5], 0)]
+    (tmp_path / "audit").mkdir()
+    lines = [f"{i},x,{who},0.9,0.1,{flag}" for i, (who, flag) in enumerate(verdicts)]
+    head = "image,nearest,nearest_patient,similarity,p_value,flagged"
+    (tmp_path / "audit" / "verdicts.csv").write_text("\n".join([head, *lines]))
+    config = {"data": {"cohort": {"subjects": {"train": 32}, **plan}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    value, low, high = measures.of(studies.named("duplication"))["duplicated"].of({}, {}, tmp_path)
+    assert value == pytest.approx(4 / 8 - 3 / 24)
+    assert -0.05 < low < value < high < 0.75
+
+
+def test_each_study_is_decided_by_what_it_asks():
+    deciding = {name: study.deciding for name, study in studies.STUDIES.items() if study.deciding != "copies"}
+    assert deciding == {"samples": "patients", "duplication": "duplicated"}
+    for study in studies.STUDIES.values():
+        assert next(iter(measures.of(study))) == study.deciding
+    assert "duplicated" not in measures.of(studies.named("size"))
 
 
 def test_failures_are_retried_then_named(tmp_path, capsys):
@@ -195,6 +320,28 @@ def test_told_to_stop_it_stops_its_run(tmp_path):
     assert process.wait(20) == 0 and "told to stop; the same command goes on" in process.stderr.read()
     with pytest.raises(ProcessLookupError):
         os.kill(run, 0)
+
+
+@pytest.mark.parametrize("code", ["", "75"])
+def test_told_to_stop_it_stops_what_a_script_runs_for_it(tmp_path, monkeypatch, code):
+    """SIGTERM to the script alone would leave main.py at work."""
+    script = tmp_path / "elsewhere.sh"
+    script.write_text(f'#!/bin/sh\n{FAKE.removeprefix("--main=")} "$@"\necho left\n')
+    script.chmod(0o755)
+    env = {**os.environ, "FAKE_SECONDS": "600"} | ({"FACSIMILE_STOPPED_CODE": code} if code else {})
+    command = [sys.executable, "-m", "launch.ablate", *flags("steps", tmp_path / "w"), f"--main={script}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 120
+        while not (found := [p for p in tmp_path.glob("w/runs/*/busy") if p.read_text()]):
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP if code else signal.SIGTERM)
+        assert process.wait(120) == int(code or 0)
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(found[0].read_text()), 0)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What things cost, against closed forms, XLA's own counts, and arithmetic on meshes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import cost, layers, loop
+from launch import cost, layers, loop, mesh
 from tests.conftest import ROOT
 
 B, D, F = 8, 256, 512
@@ -46,6 +47,7 @@ def test_a_dense_layer_by_hand():
     assert B * F * F32 <= found.activations <= 5 * B * F * F32
     kept = cost.of(dense(), rows, tx=optax.sgd(1.0), select=True)
     assert kept.averages == D * F * F32 and kept.optimiser == 0
+    assert found.gathered == 0
     assert found.memory == sum([found.weights, found.gradients, found.optimiser, found.averages]) + (
         found.activations + found.batch
     )
@@ -55,6 +57,8 @@ def test_accumulated_parts_keep_activations_of_one():
     whole, parts = (cost.of(dense(), rows, tx=optax.sgd(1.0), accumulate=n) for n in (1, 4))
     assert parts.activations == whole.activations // 4 and parts.gradients == 2 * whole.gradients
     assert (parts.flops, parts.batch) == (whole.flops, whole.batch)
+    one, two = (cost.of(dense(), rows, tx=optax.sgd(1.0), accumulate=n, devices=4) for n in (1, 2))
+    assert two.communication == 2 * one.communication > 0
     with pytest.raises(
         ValueError, match="a batch of 8 must be a multiple of the 4 devices that split a batch times its 4"
     ):
@@ -128,7 +132,7 @@ def test_against_xla():
 def test_what_a_mesh_sends_and_holds():
     whole = D * F * F32
     tx = optax.adam(1e-3)
-    of = lambda **mesh: cost.of(dense(), rows, tx=tx, **mesh)
+    of = lambda **layout: cost.of(dense(), rows, tx=tx, **layout)
     one, data, fsdp, both = of(), of(devices=4), of(devices=4, fsdp=4), of(devices=8, fsdp=4)
     assert data.communication == 2 * 3 / 4 * whole  # a ring's sum over four
     assert fsdp.communication == 3 * 3 / 4 * whole  # gathered twice, scattered once
@@ -145,6 +149,68 @@ def test_what_a_mesh_sends_and_holds():
     ):
         with pytest.raises(ValueError, match=said):
             of(**wrong)
+
+
+def test_each_accumulated_part_is_summed_over_the_devices(mesh_of):
+    """As the compiled step does, whose loop over the parts holds the sum."""
+    task = loop.Task(lambda key: {"kernel": jnp.ones((D, F))}, dense().loss)
+    with jax.set_mesh(mesh_of(4, 1)):
+        state = loop.create(jax.random.key(0), task=task, tx=optax.sgd(1.0), ema=(), select=False)
+        step = lambda state, batch: loop.train_step(
+            state, batch, task=task, tx=optax.sgd(1.0), key=jax.random.key(0), accumulate=2
+        )
+        text = jax.jit(step).lower(state, mesh.put(np.ones((B, D), np.float32))).compile().as_text()
+    inside = [block for block in text.split("\n\n") if "all-reduce" in block and f"f32[{D},{F}]" in block]
+    assert inside and all("ENTRY" not in block for block in inside)
+
+
+def test_products_of_16_bits_are_counted_by_themselves():
+    def mixed(x, y):
+        return (x @ y).sum() + (x.astype(jnp.bfloat16) @ y.astype(jnp.bfloat16)).sum()
+
+    jaxpr = traced(mixed, (B, D), (D, F))
+    assert cost.flops(jaxpr) == 2 * cost.flops(jaxpr, sixteen=True) == 2 * (2 * B * D * F)
+    half = cost.of(dense(), rows, tx=optax.sgd(1.0))._replace(flops16=0.0)
+    for name, gain in (("A100", 2), ("H100", 989 / 494), ("RTX 4090", 2), ("TPU v5e", 1)):
+        kind = cost.ACCELERATORS[name]
+        all16 = half._replace(flops16=half.flops)
+        assert cost.seconds(half, kind, 0.3) == pytest.approx(gain * cost.seconds(all16, kind, 0.3))
+
+
+def test_weights_are_gathered_where_they_are_shared():
+    one, shared = (cost.of(dense(), rows, tx=optax.sgd(1.0), devices=4, fsdp=fsdp) for fsdp in (1, 4))
+    assert one.gathered == 0 and shared.weights + shared.gathered == one.weights == D * F * F32
+    weights = {"kernel": jax.ShapeDtypeStruct((D, D), jnp.float32)}
+
+    def draw(weights, x):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ weights["kernel"]), None), x, None, length=7)[0]
+
+    whole, parts = (cost.drawing(draw, weights, rows, devices=4, fsdp=fsdp) for fsdp in (1, 4))
+    assert (whole.weights, whole.gathered, whole.communication) == (D * D * F32, 0, 0)
+    assert parts.weights == whole.weights / 4 and parts.gathered == 3 * parts.weights
+    assert parts.communication == 7 * parts.gathered and parts.flops == whole.flops
+
+
+def test_wires_between_nodes_are_slower():
+    a100 = cost.ACCELERATORS["A100"]
+    near, far = (
+        cost.Cost(n, 1, 1.0, 0.0, 1, 0, 1, 1, 1, 1, 1, communication=10**9) for n in (a100.node, 2 * a100.node)
+    )
+    assert cost.seconds(near, a100, 0.3) == 1e9 / a100.links < cost.seconds(far, a100, 0.3) == 1e9 / a100.between
+    told = cost.table({"train": cost.Stage(far, 1, "key")}, 0.3)
+    assert "2 nodes, 200 GB/s out of each" in told
+    assert "nodes" not in cost.table({"train": cost.Stage(near, 1, "key")}, 0.3)
+
+
+@pytest.mark.slow
+def test_a_dry_run_plans_for_one_accelerator_where_there_is_none(tmp_path):
+    command = [sys.executable, "main.py", "--config=configs/brain.py:tiny", "--mode=train", f"--workdir={tmp_path}"]
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": ""}
+    done = subprocess.run([*command, "--config.dry_run=True"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(s["devices"] == 1 and s["communication"] == 0 for s in found.values())
+    assert "GB of a device's 24: fits" in done.stdout
 
 
 @pytest.mark.slow

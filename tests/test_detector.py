@@ -107,12 +107,17 @@ def test_the_papers_3d_encoder_reaches_its_grid():
 
 def test_a_batch_holds_no_image_twice(mesh_of, monkeypatch, capsys):
     monkeypatch.delenv("FACSIMILE_QUIET")
-    for devices, batch, n, used in ((1, 64, 40, 40), (8, 64, 45, 40), (8, 64, 64, 64), (8, 16, 100, 16)):
-        with jax.set_mesh(mesh_of(devices, 1)):
-            assert detector.at_most(batch, n) == used
-            said = capsys.readouterr().err
-            assert (f"with {n} training images" in said) == (used < batch) == (f"batches of {used} are used" in said)
-    with jax.set_mesh(mesh_of(8, 1)), pytest.raises(ValueError, match="7 training images are fewer than the 8 devices"):
+    for batch, n, used in ((64, 40, 40), (64, 45, 40), (64, 64, 64), (16, 100, 16)):
+        for devices in (1, 2, 4, 8):  # and is the same on any number of them
+            with jax.set_mesh(mesh_of(devices, 1)):
+                assert detector.at_most(batch, n) == used
+                said = capsys.readouterr().err
+                assert (
+                    (f"with {n} training images" in said) == (used < batch) == (f"batches of {used} are used" in said)
+                )
+    with jax.set_mesh(mesh_of(4, 1)):
+        assert detector.at_most(64, 7) == 4
+    with jax.set_mesh(mesh_of(8, 1)), pytest.raises(ValueError, match="8 devices cannot share a batch of 4, the most"):
         detector.at_most(64, 7)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import data
 from launch import checkpoint, layers, log, loop, mesh
 
 X = np.random.default_rng(0).standard_normal((64, 6, 6, 8)).astype(np.float32)
@@ -255,8 +256,37 @@ def test_on_eval_adds_metrics_and_may_halt(tmp_path):
     assert (tmp_path / "checkpoints" / "8").is_dir()
 
 
-def test_fewer_held_out_images_than_devices_weigh_alike():
-    in_order = lambda images, batch: ((np.stack(images[i : i + batch]), batch) for i in range(0, len(images), batch))
-    rows = np.concatenate([np.asarray(x) for x in loop.whole_batches(in_order, X[:3], 16)])
-    assert len(rows) % 8 == 0
-    np.testing.assert_allclose(rows.mean(0), X[:3].mean(0), rtol=1e-5, atol=1e-6)
+def contrast(params, batch, key):
+    """A loss that is no mean over images: each is told from all others, as a copy detector's."""
+    a, b = (Net().apply(params, x).mean((1, 2)) for x in (batch, batch + 0.1 * jax.random.normal(key, batch.shape)))
+    logits = a @ b.T
+    return (jax.nn.logsumexp(logits, axis=1) - jnp.diag(logits)).mean(), {}
+
+
+@pytest.mark.parametrize("n", [3, 16, 21, 45])
+@pytest.mark.parametrize("of", [loss, contrast])
+def test_the_held_out_loss_is_of_the_same_images_on_any_number_of_devices(mesh_of, of, n):
+    params = layers.init(TASK.init, jax.random.key(0))
+    spread = jax.jit(lambda batch: of(params, mesh.spread(batch), jax.random.key(1))[0])
+    by_devices = []
+    for devices, fsdp in ((1, 1), (2, 1), (4, 2), (8, 1)):
+        with jax.set_mesh(mesh_of(devices, fsdp)):
+            batches = list(loop.whole_batches(data.in_order, X[:n], 16))
+            np.testing.assert_array_equal(np.concatenate([np.asarray(x) for x in batches]), X[:n])
+            by_devices.append(float(loop.mean_over_rows([(batch, spread(batch)) for batch in batches])))
+    np.testing.assert_allclose(by_devices, by_devices[0], rtol=1e-5)
+
+
+def test_rows_that_devices_do_not_divide_are_still_shared(mesh_of):
+    with jax.set_mesh(mesh_of(8, 1)):
+        (batch,) = loop.whole_batches(data.in_order, X[:5], 16)
+        fn = jax.jit(lambda x: jnp.tanh(mesh.spread(x).reshape(len(x), -1) @ jnp.ones((288, 7))).sum())
+        dots = [line for line in fn.lower(batch).compile().as_text().splitlines() if " dot(" in line]
+        assert dots and not any("f32[5,7]" in line for line in dots), "every device computes all five"
+
+
+def test_the_mean_is_over_rows():
+    found = loop.mean_over_rows(
+        [(np.ones((3, 2)), {"mean": jnp.float32(1)}), (np.ones((1, 2)), {"mean": jnp.float32(5)})]
+    )
+    assert float(found["mean"]) == pytest.approx(2.0)

@@ -62,6 +62,26 @@ def test_our_variables_are_passed_on(monkeypatch):
     assert called == [("h:1", 4, 3), ()]
 
 
+@pytest.mark.parametrize(
+    ("env", "backend", "refused"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "cpu", True),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}, "cpu", True),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "gpu", False),
+        ({"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu"}, "cpu", False),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "cpu", False),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "cpu", False),
+        ({}, "cpu", False),
+    ],
+)
+def test_gpus_that_were_asked_for_and_are_not_there_are_told(env, backend, refused):
+    if not refused:
+        machine.refuse_a_cpu_for_a_gpu(env, backend)
+        return
+    with pytest.raises(ValueError, match=r"names GPUs, but JAX sees none.*install jax\[cuda13\]"):
+        machine.refuse_a_cpu_for_a_gpu(env, backend)
+
+
 def test_cores_are_devices_as_far_as_the_batches_divide():
     assert machine.cpu_devices(2, [16, 32, 64]) == 2
     assert machine.cpu_devices(64, [16, 32, 64]) == 8

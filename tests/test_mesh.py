@@ -134,6 +134,16 @@ def test_a_mesh_that_does_not_fit_is_told(fsdp, spatial):
         mesh.make(fsdp, spatial)
 
 
+def test_what_is_missing_is_what_the_first_process_misses(monkeypatch, tmp_path):
+    import main
+
+    paths = [tmp_path / name for name in "abc"]
+    paths[1].touch()
+    assert main.absent(paths).tolist() == [0, 2]
+    monkeypatch.setattr(mesh, "from_first", lambda mine: np.ones_like(mine))  # it looked before the file was written
+    assert main.absent(paths).tolist() == [0, 1, 2]
+
+
 def test_process_order():
     order = lambda process, shape: mesh.in_process_order(np.array(process).reshape(shape))
     assert order([0, 0, 1, 1], (2, 2, 1)) and order([0, 0, 1, 1], (2, 1, 2))

@@ -25,7 +25,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(folder, processes, seconds=0.04):
+def start(folder, processes, seconds=0.04, told_at=0, **more):
     """So many processes, four devices in all."""
     port = free_port()
     env = {
@@ -33,12 +33,13 @@ def start(folder, processes, seconds=0.04):
         "JAX_PLATFORMS": "cpu",
         "FACSIMILE_QUIET": "1",
         "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
+        **more,
     }
     if processes > 1:
         env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "FACSIMILE_PROCESSES": str(processes)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.worker", str(folder), str(STEPS), str(seconds)],
+            [sys.executable, "-m", "tests.worker", str(folder), str(STEPS), str(seconds), str(told_at)],
             cwd=ROOT, env={**env, "FACSIMILE_PROCESS": str(i)} if processes > 1 else env,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
@@ -46,9 +47,9 @@ def start(folder, processes, seconds=0.04):
     ]  # fmt: skip
 
 
-def finish(processes):
+def finish(processes, code=0):
     errors = [p.communicate(timeout=120)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), errors
+    assert [p.returncode for p in processes] == [code] * len(processes), errors
 
 
 def lines(folder):
@@ -113,9 +114,18 @@ def test_killed_or_told_to_stop_on_any_number_of_processes_the_curve_is_the_same
     finish(start(folder, 2, seconds=0))
     finish(whole)
     one, other = curve(tmp_path / "whole"), curve(folder)
-    assert one.keys() == other.keys() and len(one) == 2 * STEPS + STEPS // 10
+    assert one.keys() == other.keys() and len(one) == 2 * STEPS + 2 * (STEPS // 10)
     for place, value in one.items():
         assert other[place] == pytest.approx(value, rel=2e-4, abs=1e-6), place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_told_while_it_is_looked_at_it_saves(tmp_path, processes):
+    """Looking streams over batches, where processes that do not train end; these have steps to lose."""
+    finish(start(tmp_path, processes, seconds=0, told_at=20, FACSIMILE_STOPPED_CODE="75"), code=75)
+    assert 20 <= saved(tmp_path) == last(tmp_path) < 25
+    assert last(tmp_path, "seen") == 20
 
 
 @pytest.mark.slow
@@ -130,15 +140,26 @@ def test_told_before_the_first_step(tmp_path):
     assert 1 <= saved(tmp_path) == last(tmp_path) < STEPS
 
 
-def test_a_maintenance_event_counts_as_sigterm():
+@pytest.mark.parametrize(
+    ("event", "quiet", "loud"),
+    [("maintenance-event", b"NONE", b"TERMINATE_ON_HOST_MAINTENANCE"), ("preempted", b"FALSE", b"TRUE")],
+)
+def test_an_event_counts_as_sigterm(monkeypatch, event, quiet, loud):
+    """Also after an answer that broke off, and one that never came."""
     asked = []
+    monkeypatch.setattr(preempt, "AGAIN", 0.01)
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if not self.path.startswith(f"/computeMetadata/v1/instance/{event}"):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")  # of the other event there is nothing to tell
+                return
             asked.append((self.path, self.headers["Metadata-Flavor"]))
-            body = b"NONE" if len(asked) < 3 else b"TERMINATE_ON_HOST_MAINTENANCE"
+            if len(asked) == 2:
+                return  # RemoteDisconnected
+            body = quiet if len(asked) < 5 else loud
             self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) + 9 * (len(asked) == 3)))  # IncompleteRead
             self.end_headers()
             self.wfile.write(body)
 
@@ -147,12 +168,44 @@ def test_a_maintenance_event_counts_as_sigterm():
 
     server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    before = {number: signal.getsignal(number) for number in preempt.SIGNALS}
     with preempt.noting() as told:
-        threading.Thread(target=preempt._watch, args=(f"http://localhost:{server.server_port}",), daemon=True).start()
+        preempt.listen(f"http://localhost:{server.server_port}")
         deadline = time.time() + 10
         while not told() and time.time() < deadline:
             time.sleep(0.01)
         assert told()
+        preempt._state["listening"] = False
+    for number, handler in before.items():
+        signal.signal(number, handler)
     server.shutdown()
-    path = "/computeMetadata/v1/instance/maintenance-event"
-    assert asked == [(path, "Google")] + [(path + "?wait_for_change=true", "Google")] * 2
+    path = f"/computeMetadata/v1/instance/{event}"
+    assert asked == [(path, "Google")] + [(path + "?wait_for_change=true", "Google")] * 4
+
+
+@pytest.mark.parametrize("number", preempt.SIGNALS)
+def test_signals_to_stop_are_noted_and_end_the_process_later(monkeypatch, number):
+    monkeypatch.setenv("FACSIMILE_STOPPED_CODE", "75")
+    with pytest.raises(SystemExit) as stop, preempt.noting() as told:
+        assert not told()
+        signal.raise_signal(number)
+        assert told()
+        preempt._state["listening"] = True  # as in a run of main.py, which is to end then
+    preempt._state["listening"] = False
+    preempt._told.clear()
+    assert stop.value.code == 75
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """A run under nohup outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with preempt.noting() as told:
+        signal.raise_signal(signal.SIGHUP)
+        assert not told()
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_a_code_that_is_none_is_told(monkeypatch):
+    monkeypatch.setenv("FACSIMILE_STOPPED_CODE", "soon")
+    with pytest.raises(ValueError, match="FACSIMILE_STOPPED_CODE=soon"):
+        preempt.stopped_code()

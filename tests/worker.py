@@ -1,6 +1,10 @@
-"""A toy training run as one of several processes: `python -m tests.worker FOLDER STEPS SECONDS_A_STEP`."""
+"""A toy training run as one of several processes: `python -m tests.worker FOLDER STEPS SECONDS_A_STEP [TOLD_AT]`.
+
+The last process is told to stop by itself while it looks at its model after TOLD_AT steps.
+"""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,7 +28,7 @@ def loss(params, batch, key):
     return ((jnp.tanh(noisy @ params["kernel"] + params["bias"]) - batch) ** 2).mean(), {}
 
 
-def main(folder: str, steps: str, seconds: str) -> None:
+def main(folder: str, steps: str, seconds: str, told_at: str = "0") -> None:
     machine.connect(machine.launcher(os.environ, tpu=False))
     preempt.listen()
 
@@ -33,11 +37,23 @@ def main(folder: str, steps: str, seconds: str) -> None:
             time.sleep(float(seconds))
             yield X[np.random.default_rng(step).permutation(64)[:BATCH]][mesh.rows(BATCH)]
 
+    outputs = jax.jit(lambda params, x: jnp.tanh(x @ params["kernel"] + params["bias"]))
+
+    def look(step, state):
+        """Streams over batches, as the diffusion stage does when it is looked at."""
+        if step == int(told_at) and jax.process_index() == jax.process_count() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        batches = [(X[:BATCH], BATCH), (X[BATCH : 2 * BATCH], 3)]
+        seen = np.concatenate(list(mesh.stream(lambda x: outputs(state.params, x), batches)))
+        assert seen.shape == (BATCH + 3, 16)
+        assert mesh.from_first(np.array([jax.process_index()])) == [0]
+        return {"seen": float(seen.mean())}, False
+
     with jax.set_mesh(mesh.make()):
         loop.fit(
             "toy", loop.Task(init, loss), batches, folder=Path(folder), steps=int(steps),
             tx=loop.optimiser(steps=int(steps), rate=1e-2), key=jax.random.key(0), ema=(0.9,),
-            held_out=lambda: [mesh.put(X[:BATCH][mesh.rows(BATCH)])], select=True,
+            held_out=lambda: [mesh.put(X[:BATCH][mesh.rows(BATCH)])], select=True, on_eval=look,
             save_every=25, eval_every=10, log_every=1,
         )  # fmt: skip
 
