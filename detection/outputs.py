@@ -93,14 +93,15 @@ def table(result: dict[str, Any], folder: Path) -> str:
         f"{result['n_train_patients']} patients; null: {result['n_val']} images of {result['n_val_patients']} unseen patients",
         f"{'':34}{'calibrated':>24}{'paper rule':>24}{'paper rule, null floor':>26}",
         f"{'flagged as copies, of synthetic':34}{calibrated['n_copies']:>24}{paper['n_copies']:>24}{'':>26}",
-        f"{'  rate, 95 % interval':34}{both(calibrated['copy_rate'], calibrated['copy_rate_ci']):>24}"
+        f"{'  share, 95 % interval':34}{both(calibrated['copy_rate'], calibrated['copy_rate_ci']):>24}"
         f"{both(paper['copy_rate'], paper['copy_rate_ci']):>24}{both(paper['null_copy_rate'], paper['null_copy_rate_ci']):>26}",
         f"{'memorized training images':34}{calibrated['n_mem']:>24}{paper['n_mem']:>24}{null_mem:>26}",
         f"{'  patients':34}{calibrated['n_mem_patients']:>24}{paper['n_mem_patients']:>24}",
-        f"copies among the {result['n_syn']} images: between {percent(bounds['at_least_rate'])} and {percent(bounds['at_most_rate'])} "
-        f"({percent(bounds['confidence'])} confidence at each end); {bounds['n_above']} lie above "
-        f"{verdict.unseen_patients(bounds['rank'], result['n_val_patients'])}, {bounds['n_above_expected']:.1f} expected by chance "
-        f"(p = {bounds['p_value']:.2g}); were all copies of kind {worst['kind']}: up to {percent(worst['at_most_rate'])}",
+        f"copies among the {result['n_syn']}: between {percent(bounds['at_least_rate'])} and {percent(bounds['at_most_rate'])}, "
+        f"{100 * bounds['confidence']:g} % confidence at each end (up to {percent(worst['at_most_rate'])} if all were of the kind "
+        f"that is seen worst, {worst['kind']})",
+        f"  {bounds['n_above']} are more similar than {verdict.unseen_patients(bounds['rank'], result['n_val_patients'])}, "
+        f"{bounds['n_above_expected']:.1f} would be by chance; chance of as many at any line if none is a copy: {bounds['p_value']:.2g}",
         f"negative control: {both(negative['flag_rate'], negative['flag_rate_ci'])} of {negative['n']} images of "
         f"{negative['n_patients']} unseen patients have p <= {negative['nominal']:g} (nominal {percent(negative['nominal'])}; "
         f"chance of as many: {negative['excess_p_value']:.3f})",

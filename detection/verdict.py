@@ -39,7 +39,7 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
     )
     between = (
         f"between {percent(bounds['at_least_rate'])} and {percent(bounds['at_most_rate'])} of the synthetic images are copies, "
-        f"with {percent(bounds['confidence'])} confidence at each end"
+        f"with {100 * bounds['confidence']:g} % confidence at each end"
     )
 
     broken = []
