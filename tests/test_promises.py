@@ -113,7 +113,7 @@ def test_flagged_share_interval_covers_the_mean_flagged_share(images):
 def test_bounds_cover_the_true_copy_rate(patients, k, images, seen_at, rate):
     """What is bounded is what was copied, seen or not: copies score about `seen_at` where innocent images score about 0. 64
     planted copies of each of three kinds stand for them, and tell at every line how many are seen."""
-    rng, times = np.random.default_rng([patients, images, int(100 * rate)]), 200
+    rng, times = np.random.default_rng([patients, images, int(100 * rate)]), 100
     missed = np.zeros(3, int)
     for seed in range(times):
         null, who = cohort(rng, patients, images)
@@ -137,7 +137,7 @@ def test_bounds_cover_the_true_copy_rate(patients, k, images, seen_at, rate):
 @pytest.mark.parametrize("patients, k", [(20, 50), (160, 128), (160, 1000)])
 def test_the_set_level_test_keeps_its_level(patients, k, images, alike):
     """An innocent generator, and patients with one image, one to six, or a heavy-tailed number of up to 200."""
-    rng, lines, times = np.random.default_rng(5), enrichment.ranks(patients, 0.05), 500
+    rng, lines, times = np.random.default_rng(5), enrichment.ranks(patients, 0.05), 300
     hits = np.zeros(3, int)
     for _ in range(times):
         count = {
