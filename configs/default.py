@@ -233,10 +233,13 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.audit.policy = ConfigDict(
         {
-            "max_copy_rate": 0.05,  # largest acceptable rate of copies: its interval's upper bound must not exceed it
+            "max_copy_rate": 0.05,  # largest acceptable rate of copies: its upper bound must not exceed it
             "max_patients": 0,  # largest acceptable number of training patients that copies point at
-            "min_recall": 0.8,  # least recall on planted copies
-            "min_power": 0.8,  # least probability of flagging any copy if the generator copied at the rate max_copy_rate
+            "min_recall": 0.8,  # least recall on planted copies, by the lower end of its interval
+            "min_recall_of_kind": 0.5,  # least recall on each kind of planted copies that counts
+            # least probability of seeing that there are copies if the generator copied at the rate max_copy_rate; it is
+            # worked out cautiously, and the upper bound of a generator that copies so passes once in 20 at most
+            "min_power": 0.5,
         }
     )
     config.quality = ConfigDict(

@@ -10,6 +10,7 @@ import numpy as np
 from detection import (
     calibrate,
     controls,
+    enrichment,
     evidence,
     extraction,
     neighbours,
@@ -183,15 +184,28 @@ def judge(
     fdr: float,
     seed: int,
 ) -> tuple[dict[str, Any], calibrate.Calibrated]:
-    """The calibrated test in one space with its controls and its power, as `audit.json` holds them."""
+    """The calibrated test in one space with its bounds, controls and power, as `audit.json` holds them."""
     k, n_val_patients = len(space.hits.sim), len(np.unique(val.patients))
     test = calibrate.calibrated_test(space.hits.sim[:, 0], space.null_M, val.patients, fdr=fdr, seed=seed)
     pointed_at = np.unique(space.hits.index[test.flagged_K, 0])
     # What copies must outscore to be flagged: now; and if they were as few as could be flagged at all.
     above_all = float(np.nextafter(space.null_M.max(), np.float32(np.inf)))
     rare = above_all if test.needed is None else test.needed
-    recall = controls.overall(space.planted, rare, seed)
-    able = {"n_patients": n_val_patients, "k": k, "fdr": fdr, "recall": recall["recall"]}
+    recall = lambda score: controls.overall(space.planted, score, train.patients, chosen_Q, seed)
+    scores = {
+        j: calibrate.score_at(space.null_M, val.patients, j / (n_val_patients + 1))
+        for j in enrichment.ranks(n_val_patients, fdr)
+    }
+    recalls = {j: recall(score) for j, score in scores.items()}
+    lows = {j: said["recall_ci"][0] for j, said in recalls.items()}
+    bounds = enrichment.bounds(test.p_K, n_val_patients, lows)
+    fewest = calibrate.fewest_flaggable(n_val_patients, k, fdr)
+    seeing = enrichment.ways_of_seeing(k, n_val_patients, lows)
+    ways = [(fewest, recall(rare)["recall_ci"][0]), *seeing]
+    line = bounds["rank"]
+    by_kind = [
+        row for row in controls.recalls(space.planted, scores[line], train.patients, chosen_Q) if row["standard"]
+    ]
     result = {
         "n_train": len(train.ids),
         "n_val": len(val.ids),
@@ -208,16 +222,36 @@ def judge(
             "n_mem_patients": len(np.unique(train.patients[pointed_at])),
             "smallest_p_value": 1 / (1 + n_val_patients),
         },
+        "bounds": {
+            **bounds,
+            "score": scores[line],
+            "by_kind": [
+                {
+                    **{key: row[key] for key in ("kind", "strength", "recall", "recall_ci")},
+                    "at_most_rate": float(enrichment.at_most(bounds["n_above"], k, row["recall_ci"][0])),
+                }
+                for row in by_kind
+            ],
+        },
         "negative_control": calibrate.negative_control(
             space.control_C, control.patients, space.null_M, val.patients, nominal=fdr, seed=seed
         ),
         "positive_control": controls.recalls(space.planted, test.threshold or rare, train.patients, chosen_Q),
         "power": {
-            "min_detectable_copy_rate": finite(calibrate.detectable_rate(**able)),
-            "smallest_flaggable_copy_rate": finite(calibrate.smallest_flaggable_rate(n_val_patients, k, fdr)),
+            "min_detectable_copy_rate": finite(calibrate.detectable_rate(k, ways)),
+            "smallest_flaggable_copy_rate": finite(fewest / k),
+            "smallest_seen_copy_rate": finite(min(n for n, _ in seeing) / k),
             "probability": 0.8,
-            "at_max_copy_rate": calibrate.power_at(policy["max_copy_rate"], **able),
-            **recall,
+            "at_max_copy_rate": calibrate.power_at(policy["max_copy_rate"], k, ways),
+            **recalls[line],
+            "enough": enrichment.enough(
+                k,
+                n_val_patients,
+                recall_low=lows[line],
+                max_rate=policy["max_copy_rate"],
+                min_power=policy["min_power"],
+                nominal=fdr,
+            ),
         },
     }
     return result, test

@@ -4,7 +4,7 @@ Sizes: N training images, M validation images, C control images, K synthetic ima
 image to its nearest training image. Patients are the unit: images of one patient are dependent, those of two are not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +78,8 @@ def conformal_p(scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray
 
         p = (1 + sum over patients of the share of that patient's images with null >= score) / (1 + number of patients)
 
-    Valid for one image of a new patient, if patients are exchangeable (Lee, Barber and Willett, 'Distribution-free
+    Valid for one image of a new patient, if patients are exchangeable, whatever their number of images: each weighs alike,
+    so a generator that draws patients with many images more often is held against another population (Lee, Barber and Willett, 'Distribution-free
     inference with hierarchical data', 2023; Dunn, Wasserman and Ramdas 2022). With one image a patient it is the usual
     (1 + #{null >= s}) / (1 + M). Ties count against the image. The smallest value possible is 1 / (1 + patients).
     """
@@ -147,7 +148,7 @@ def beta_interval(rate: float, n: float, level: float = 0.95) -> tuple[float, fl
 
 
 class Calibrated(NamedTuple):
-    """Outcome of `calibrated_test`."""
+    """Outcome of `calibrated_test`; rate is the flagged share, which is no bound of the copy rate (`enrichment` has bounds)."""
 
     p_K: np.ndarray
     flagged_K: np.ndarray
@@ -162,7 +163,7 @@ def calibrated_test(
 ) -> Calibrated:
     """Conformal p-values against unseen patients and the same training images, then Benjamini-Hochberg at `fdr`.
 
-    The interval of the flagged share is the hull of Clopper-Pearson over the K synthetic images (the null set taken as
+    That is: of the flagged images a share of at most `fdr` is wrong, averaged over audits, not in each. The interval of the flagged share is the hull of Clopper-Pearson over the K synthetic images (the null set taken as
     given) and a bootstrap that resamples synthetic images and validation patients and repeats the whole test.
     """
     p_K = conformal_p(scores_K, null_M, patients_M)
@@ -194,16 +195,17 @@ def resampled_patients(
 def needed_score(null_M: np.ndarray, patients_M: np.ndarray, k: int, fdr: float) -> float | None:
     """The score that the fewest flaggable images would have needed, None if k images are too few.
 
-    With r of k images the fewest whose smallest possible p-value passes (`smallest_flaggable_rate`): the lowest float
-    just above a null score that has p <= fdr r / k.
+    With r of k images the fewest whose smallest possible p-value passes (`fewest_flaggable`): p <= fdr r / k.
     """
-    n_patients = len(np.unique(patients_M))
-    rate = smallest_flaggable_rate(n_patients, k, fdr)
-    if rate > 1:
-        return None
+    fewest = fewest_flaggable(len(np.unique(patients_M)), k, fdr)
+    return score_at(null_M, patients_M, fdr * fewest / k) if fewest <= k else None
+
+
+def score_at(null_M: np.ndarray, patients_M: np.ndarray, level: float) -> float:
+    """The lowest float just above a null score whose conformal p is at most `level`, which is at least 1 / (1 + patients)."""
     null = np.unique(finite(null_M))
     just_above = np.nextafter(null.astype(np.float64), np.inf)
-    passes = conformal_p(just_above, np.asarray(null_M, np.float64), patients_M) <= fdr * rate * (1 + 1e-9)
+    passes = conformal_p(just_above, np.asarray(null_M, np.float64), patients_M) <= level * (1 + 1e-9)
     return float(just_above[passes][0])
 
 
@@ -226,7 +228,8 @@ def negative_control(
       sqrt(nominal (1 - nominal) / P). excess_p_value: chance of a flag_rate as high or higher if both sets are alike,
       exact with one image a patient: of n new scores, those above all but j - 1 of P null scores are BetaBinomial(n,
       j, P + 1 - j), j = floor(nominal (P + 1)); with several images a patient n is their `effective_number` (`excess_p`).
-      The test of the control: small is bad. bh_flag_rate: share flagged when the whole procedure is run on them as on the
+      The test of the control: small is bad. smallest_excess_p_value: what it would be if every control image were flagged: a
+      control for which this is not small cannot fail. bh_flag_rate: share flagged when the whole procedure is run on them as on the
       synthetic images, comparable with the copy rate; near 0 if all is well.
     """
     p_C = conformal_p(scores_C, null_M, patients_M)
@@ -250,6 +253,7 @@ def negative_control(
         "flag_rate_ci": [min(low, float(np.quantile(rates, 0.025))), max(high, float(np.quantile(rates, 0.975)))],
         "nominal": nominal,
         "excess_p_value": excess_p(flags.mean() * n, n, j, n_null) if j else 1.0,
+        "smallest_excess_p_value": excess_p(n, n, j, n_null) if j else 1.0,
         "bh_flag_rate": float(benjamini_hochberg(p_C, nominal).mean()),
     }
 
@@ -260,42 +264,52 @@ def excess_p(above: float, n: int, j: int, n_null: int) -> float:
     `above` need not be whole, where n is an `effective_number`: between whole numbers the chance is interpolated
     geometrically. (Rounded up, p <= 0.05 came in 7.5 % of fair controls of 20 patients with one to ten images.)
     """
-    whole = np.floor(above + 1e-9)
+    whole = int(np.floor(above + 1e-9))
     part = max(above - whole, 0.0)
-    at, after = stats.betabinom.sf([whole - 1, whole], n, j, n_null + 1 - j)
-    return float(at ** (1 - part) * max(after, 0.0) ** part)
+    at = _reach(whole, n, j, n_null)
+    return at if part == 0 else at ** (1 - part) * _reach(whole + 1, n, j, n_null) ** part
 
 
-def smallest_flaggable_rate(n_patients: int, k: int, fdr: float) -> float:
-    """Smallest share of perfect copies that Benjamini-Hochberg can flag at all: (0, 1], or infinity if none can be.
+def _reach(count: int, n: int, j: int, n_null: int) -> float:
+    """P(X >= count): of the highest count + j - 1 of all n + n_null scores at least `count` are new. Sums j terms."""
+    if count <= 0 or count > n:
+        return float(count <= 0)
+    new = np.arange(count, min(count + j - 1, n) + 1)
+    return min(float(stats.hypergeom.pmf(new, n + n_null, n, count + j - 1).sum()), 1.0)
+
+
+def fewest_flaggable(n_patients: int, k: int, fdr: float) -> int:
+    """Fewest of k images that, all perfect copies, Benjamini-Hochberg can flag; more than k: it can flag none.
 
     r copies reach p = 1 / (1 + n_patients) at best, and are flagged if that is at most fdr r / k.
     """
-    r = int(np.ceil(k / (fdr * (1 + n_patients)) - 1e-9))
-    return max(r, 1) / k if r <= k else float("inf")
+    return max(int(np.ceil(k / (fdr * (1 + n_patients)) - 1e-9)), 1)
 
 
-def detectable_rate(n_patients: int, k: int, fdr: float, recall: float, power: float = 0.8) -> float:
-    """Smallest copy rate of a generator at which copies are flagged with this probability: (0, 1], or infinity.
+def detectable_rate(k: int, ways: Sequence[tuple[int, float]], power: float = 0.8) -> float:
+    """Smallest copy rate of a generator at which copies among k images are found with this probability: (0, 1], or infinity.
 
-    Of k images a number Binomial(k, rate recall) are copies that outscore every null image, where `recall` is the
-    share of known copies (the positive control) that do so. Benjamini-Hochberg flags them if they are at least the r
-    of `smallest_flaggable_rate`, and P(Binomial(k, q) >= r) = I_q(r, k - r + 1), the regularised incomplete beta
-    function, so q is its inverse at `power`. Weaker copies and false discoveries would only help, so the rate is an
-    upper bound.
+    Args:
+      ways: of finding them: (fewest copies above a line that are enough, share of copies that lie above it). That is
+        `fewest_flaggable` for Benjamini-Hochberg and `enrichment.fewest_seen` for the set-level test; the share is the
+        recall of the positive control, at its lower limit.
+
+    A number Binomial(k, rate recall) of the images are copies above the line, and P(Binomial(k, q) >= r) = I_q(r, k - r +
+    1), the regularised incomplete beta function, so q is its inverse at `power`. The best of the ways counts alone, and
+    innocent images above the line, which would only help, do not: an upper bound.
     """
-    rate = smallest_flaggable_rate(n_patients, k, fdr)
-    if rate > 1 or recall <= 0:
-        return float("inf")
-    r = round(rate * k)
-    needed = float(special.betaincinv(r, k - r + 1, power)) / recall
-    return needed if needed <= 1 else float("inf")
+    rates = [
+        float(special.betaincinv(fewest, k - fewest + 1, power)) / recall
+        for fewest, recall in ways
+        if fewest <= k and recall > 0
+    ]
+    least = min(rates, default=float("inf"))
+    return least if least <= 1 else float("inf")
 
 
-def power_at(copy_rate: float, n_patients: int, k: int, fdr: float, recall: float) -> float:
-    """Probability that some copies are flagged if the generator copies at `copy_rate`; as in `detectable_rate`."""
-    rate = smallest_flaggable_rate(n_patients, k, fdr)
-    return float(stats.binom.sf(round(rate * k) - 1, k, copy_rate * recall)) if rate <= 1 else 0.0
+def power_at(copy_rate: float, k: int, ways: Sequence[tuple[int, float]]) -> float:
+    """Probability that copies are found if the generator copies at `copy_rate`; as in `detectable_rate`."""
+    return max(float(stats.binom.sf(fewest - 1, k, copy_rate * recall)) for fewest, recall in ways)
 
 
 def finite(x: np.ndarray) -> np.ndarray:

@@ -262,7 +262,13 @@ class Rate(NamedTuple):
 
 
 RATES = [  # name, over what, section, rate, reference
-    ("Copies, calibrated test", "of the synthetic images: the test to read", "calibrated", "copy_rate", None),
+    (
+        "Flagged by the calibrated test",
+        "of the synthetic images: those named as copies",
+        "calibrated",
+        "copy_rate",
+        None,
+    ),
     ("Negative control", "of unseen patients' images; dashed: nominal", "negative_control", "flag_rate", "nominal"),
     (
         "Copies, the paper's rule",

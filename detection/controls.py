@@ -9,8 +9,9 @@ import numpy as np
 from detection import calibrate, neighbours
 from launch import log, mesh
 
-# kinds that are reported and do not count: what the generator makes of noise may be another image, and rightly not found
-NOT_COUNTED = ("re-noise",)
+# kinds that are reported and do not count: what the generator makes of noise may be another image, and rightly not found;
+# a part copied into another image is not what a score of whole images looks for
+NOT_COUNTED = ("re-noise", "local")
 Plants = Mapping[tuple[str, float], Callable[[jax.Array, jax.Array], jax.Array]]
 
 
@@ -75,14 +76,14 @@ def plant(
 def recalls(
     planted: list[Planted], threshold: float, patients_N: np.ndarray, chosen_Q: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Share of the copies of each kind and strength at or above `threshold`, with its exact interval over patients.
+    """Share of the copies of each kind and strength that are `seen`, with its exact interval over patients.
 
-    `right_patient`: share whose nearest training image is of the patient they were made from.
+    `right_patient`: share whose nearest training image is of the patient they were made from, at or above the threshold or
+    not.
     """
-    truth_Q = patients_N[chosen_Q]
     rows = []
     for p in planted:
-        seen_Q = p.sim_Q >= threshold
+        seen_Q = seen(p, threshold, patients_N, chosen_Q)
         rows.append(
             {
                 "kind": p.kind,
@@ -91,20 +92,27 @@ def recalls(
                 "n": len(seen_Q),
                 "recall": float(seen_Q.mean()),
                 "recall_ci": list(calibrate.clopper_pearson(seen_Q.sum(), len(seen_Q))),
-                "right_patient": float((patients_N[p.nearest_Q] == truth_Q).mean()),
+                "right_patient": float((patients_N[p.nearest_Q] == patients_N[chosen_Q]).mean()),
             }
         )
     return rows
 
 
-def overall(planted: list[Planted], threshold: float, seed: int) -> dict[str, Any]:
-    """Recall averaged over the standard strength of every kind, each kind counting alike.
+def seen(planted: Planted, threshold: float, patients_N: np.ndarray, chosen_Q: np.ndarray) -> np.ndarray:
+    """Which copies lie at or above `threshold` and point at the patient they were made from: (Q,)."""
+    return (planted.sim_Q >= threshold) & (patients_N[planted.nearest_Q] == patients_N[chosen_Q])
+
+
+def overall(
+    planted: list[Planted], threshold: float, patients_N: np.ndarray, chosen_Q: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Recall (`seen`) averaged over the standard strength of every kind, each kind counting alike.
 
     Returns:
       recall, n (patients copied), recall_ci: the hull of a bootstrap over patients, all kinds of a patient together, and
       of Clopper-Pearson for as many patients, which keeps an interval where all or none are seen.
     """
-    seen_QxP = np.stack([p.sim_Q >= threshold for p in planted if p.standard], axis=1)
+    seen_QxP = np.stack([seen(p, threshold, patients_N, chosen_Q) for p in planted if p.standard], axis=1)
     by_patient = seen_QxP.mean(1)
     n, rng = len(by_patient), np.random.default_rng(seed)
     draws = by_patient[rng.integers(0, n, (calibrate.DRAWS, n))].mean(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from detection import calibrate, figures, neighbours
+from detection import calibrate, figures, neighbours, verdict
 from launch import checkpoint
 
 
@@ -82,9 +82,9 @@ def table(result: dict[str, Any], folder: Path) -> str:
     span = lambda ci: f"[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
     both = lambda rate, ci: f"{percent(rate)} {span(ci)}"
     paper, calibrated, negative, power = (result[k] for k in ("paper", "calibrated", "negative_control", "power"))
-    least, likely = power["smallest_flaggable_copy_rate"], power["min_detectable_copy_rate"]
-    can = percent(least) if least else "none, there are too few unseen patients"
-    can += f"; found with 80 % probability: {percent(likely)}" if likely else "; found with 80 % probability: none"
+    bounds = result["bounds"]
+    rate = lambda name: percent(power[name]) if power[name] else "none, there are too few unseen patients"
+    worst = max(bounds["by_kind"], key=lambda row: row["at_most_rate"])
     null_mem = percent(paper["null_mem_rate"]) + (", extrapolated" if paper["null_mem_rate_extrapolated"] else "")
     weakest = min(result["positive_control"], key=lambda row: row["recall"])
     lines = [
@@ -92,17 +92,23 @@ def table(result: dict[str, Any], folder: Path) -> str:
         f"audit of {result['n_syn']} synthetic images against {result['n_train']} training images of "
         f"{result['n_train_patients']} patients; null: {result['n_val']} images of {result['n_val_patients']} unseen patients",
         f"{'':34}{'calibrated':>24}{'paper rule':>24}{'paper rule, null floor':>26}",
-        f"{'copies, of synthetic images':34}{calibrated['n_copies']:>24}{paper['n_copies']:>24}{'':>26}",
-        f"{'  rate, 95 % interval':34}{both(calibrated['copy_rate'], calibrated['copy_rate_ci']):>24}"
+        f"{'flagged as copies, of synthetic':34}{calibrated['n_copies']:>24}{paper['n_copies']:>24}{'':>26}",
+        f"{'  share, 95 % interval':34}{both(calibrated['copy_rate'], calibrated['copy_rate_ci']):>24}"
         f"{both(paper['copy_rate'], paper['copy_rate_ci']):>24}{both(paper['null_copy_rate'], paper['null_copy_rate_ci']):>26}",
         f"{'memorized training images':34}{calibrated['n_mem']:>24}{paper['n_mem']:>24}{null_mem:>26}",
         f"{'  patients':34}{calibrated['n_mem_patients']:>24}{paper['n_mem_patients']:>24}",
+        f"copies among the {result['n_syn']}: between {percent(bounds['at_least_rate'])} and {percent(bounds['at_most_rate'])}, "
+        f"{100 * bounds['confidence']:g} % confidence at each end (up to {percent(worst['at_most_rate'])} if all were of the kind "
+        f"that is seen worst, {worst['kind']})",
+        f"  {bounds['n_above']} are more similar than {verdict.unseen_patients(bounds['rank'], result['n_val_patients'])}, "
+        f"{bounds['n_above_expected']:.1f} would be by chance; chance of as many at any line if none is a copy: {bounds['p_value']:.2g}",
         f"negative control: {both(negative['flag_rate'], negative['flag_rate_ci'])} of {negative['n']} images of "
         f"{negative['n_patients']} unseen patients have p <= {negative['nominal']:g} (nominal {percent(negative['nominal'])}; "
         f"chance of as many: {negative['excess_p_value']:.3f})",
         f"positive control: {both(power['recall'], power['recall_ci'])} of planted copies seen, mean over kinds "
         f"({power['n']} training patients); weakest: {weakest['kind']} {weakest['strength']:g}, {percent(weakest['recall'])}",
-        f"power: smallest copy rate that could be flagged: {can}",
+        f"power: smallest copy rate that can be named: {rate('smallest_flaggable_copy_rate')}; noticed: "
+        f"{rate('smallest_seen_copy_rate')}; found with {percent(power['probability'])} probability: {rate('min_detectable_copy_rate')}",
         f"rendering differs: {'YES' if result['rendering']['differs'] else 'no'} "
         f"({result['rendering']['worst_gap_db']:+.1f} dB; before matching {result['rendering']['raw_worst_gap_db']:+.1f} dB)",
         *release_lines(result["release"]),

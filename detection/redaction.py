@@ -15,7 +15,7 @@ SETTINGS = frozenset((
 ))
 SECTIONS = frozenset((
     "verdict", "reasons", "policy", "caveats", "n_train", "n_val", "n_syn", "n_train_patients", "n_val_patients",
-    "paper", "calibrated", "negative_control", "rendering", "power", "positive_control", "spaces", "baselines",
+    "paper", "calibrated", "bounds", "negative_control", "rendering", "power", "positive_control", "spaces", "baselines",
     "extraction", "membership", "release", "patients", "histogram", "provenance",
 ))
 # fmt: on

@@ -26,6 +26,7 @@ UNITS = {  # of the strengths of planted copies, where a row names none
     "shift": "of the side",
     "scale": "times",
     "crop": "kept",
+    "local": "of the side",
     "blur": "px",
 }
 

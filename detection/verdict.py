@@ -4,22 +4,24 @@ from typing import Any
 
 EXIT = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4}
 DOUBT = 0.01  # the negative control is out of order if it is as high by chance with less than this probability
-POLICY = ("max_copy_rate", "max_patients", "min_recall", "min_power")
+POLICY = ("max_copy_rate", "max_patients", "min_recall", "min_recall_of_kind", "min_power")
 
 
 def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[str]]:
     """The verdict on what `audit.json` holds.
 
     In this order: an audit whose own instruments are out of order (synthetic and real images rendered unlike, a negative
-    control too high) is INCONCLUSIVE, whatever it found, since its finds may be false. Copies found beyond the policy
-    FAIL, however weak the audit: a weak one can only have missed more. Copies not found PASS only if the audit would
-    have found them: enough recall on planted copies, enough power at the rate that the policy allows, and an upper
-    bound of the copy rate within it.
+    control too high) is INCONCLUSIVE, whatever it found, since its finds may be false. Copies found beyond the policy, be
+    they named or only counted (`enrichment`), FAIL, however weak the audit: a weak one can only have missed more. Copies
+    not found PASS only if there are no more than the policy allows, by an upper bound that rests on what planted copies
+    are seen; if enough of them are, of each kind too; if the audit had the power to see copies at the allowed rate; and if
+    its negative control could have failed.
 
     Args:
       policy: max_copy_rate: largest acceptable rate of copies among the synthetic images; max_patients: largest
-        acceptable number of patients they point at; min_recall: least recall on planted copies; min_power: least
-        probability of flagging any copy if the generator copied at the rate max_copy_rate.
+        acceptable number of patients they point at; min_recall: least recall on planted copies, by the lower end of its
+        interval; min_recall_of_kind: least recall on any kind of them that counts; min_power: least probability of seeing
+        that there are copies if the generator copied at the rate max_copy_rate.
     Returns:
       (verdict, reasons), the deciding reasons first; there is at least one.
     Raises:
@@ -28,11 +30,16 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
     check(policy)
     percent = lambda rate: f"{100 * rate:.1f} %"
     span = lambda ci: f"[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
-    calibrated, power, negative = result["calibrated"], result["power"], result["negative_control"]
-    low, high = calibrated["copy_rate_ci"]
-    copies = (
-        f"{calibrated['n_copies']} of {result['n_syn']} synthetic images are flagged as copies "
-        f"({percent(calibrated['copy_rate'])} {span((low, high))}), of {calibrated['n_mem_patients']} training patients"
+    calibrated, bounds, power, negative = (result[k] for k in ("calibrated", "bounds", "power", "negative_control"))
+    k, n_val = result["n_syn"], result["n_val_patients"]
+    allowed = percent(policy["max_copy_rate"])
+    flagged = (
+        f"{calibrated['n_copies']} of {k} synthetic images are flagged as copies, of {calibrated['n_mem_patients']} "
+        "training patients"
+    )
+    between = (
+        f"between {percent(bounds['at_least_rate'])} and {percent(bounds['at_most_rate'])} of the synthetic images are copies, "
+        f"with {100 * bounds['confidence']:g} % confidence at each end"
     )
 
     broken = []
@@ -48,42 +55,92 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
             f"at a nominal {percent(negative['nominal'])} (chance of as many: {negative['excess_p_value']:.4f})"
         )
     if broken:
-        return "INCONCLUSIVE", [*broken, copies]
+        return "INCONCLUSIVE", [*broken, flagged, between]
+
+    blind = []
+    if negative["smallest_excess_p_value"] >= DOUBT:
+        blind.append(
+            f"the negative control, of {negative['n_patients']} patients, could not have failed whatever they look like: more "
+            "control or unseen patients are needed"
+        )
 
     found = []
     if calibrated["n_mem_patients"] > policy["max_patients"]:
-        found.append(f"{copies}; the policy allows {policy['max_patients']:g} patients")
-    if low > policy["max_copy_rate"]:
-        found.append(f"{copies}; the policy allows a rate of {percent(policy['max_copy_rate'])}")
+        found.append(f"{flagged}; the policy allows {policy['max_patients']:g} patients")
+    elif bounds["at_least"] and policy["max_patients"] < 1:
+        found.append(
+            f"at least {bounds['at_least']} of {k} synthetic images are copies (chance of so many so similar if none is: "
+            f"{bounds['p_value']:.2g}), though {calibrated['n_copies']} can be named; the policy allows no patient to be copied"
+        )
+    if bounds["at_least_rate"] > policy["max_copy_rate"]:
+        found.append(f"{between}; the policy allows a rate of {allowed}")
     if found:
-        return "FAIL", found
+        return "FAIL", [*found, *blind]
 
-    blind = []
-    allowed = percent(policy["max_copy_rate"])
-    if power["recall"] < policy["min_recall"]:
+    low, least = power["recall_ci"][0], policy["min_recall"]
+    seen = f"{percent(power['recall'])} {span(power['recall_ci'])}"
+    if low < least:
+        mend = (
+            "the interval is too wide: plant more copies (audit.planted)"
+            if power["recall"] >= least
+            else "a better detector is needed"
+        )
         blind.append(
-            f"the detector sees {percent(power['recall'])} {span(power['recall_ci'])} of planted copies; the policy asks for "
-            f"{percent(policy['min_recall'])}"
+            f"the audit sees {seen} of planted copies; the policy asks for {percent(least)} by the lower end: {mend}"
+        )
+    unseen = [row for row in bounds["by_kind"] if row["recall"] < policy["min_recall_of_kind"]]
+    if unseen:
+        kinds = ", ".join(f"{row['kind']} ({percent(row['recall'])})" for row in unseen)
+        blind.append(
+            f"of some kinds of planted copies the audit sees too few: {kinds}; the policy asks for "
+            f"{percent(policy['min_recall_of_kind'])} of each: a better detector is needed"
+        )
+    if bounds["at_most_rate"] > policy["max_copy_rate"]:
+        blind.append(
+            f"up to {percent(bounds['at_most_rate'])} of the synthetic images may be copies; the policy allows {allowed}: "
+            f"{bounds['n_above']} of {k} are more similar than {unseen_patients(bounds['rank'], n_val)}, "
+            f"{bounds['n_above_expected']:.1f} would be by chance{mended(result)}"
         )
     if power["at_max_copy_rate"] < policy["min_power"]:
-        least = power["min_detectable_copy_rate"]
-        can = f"needs a copy rate of {percent(least)}" if least else "is impossible at any rate"
+        rate = power["min_detectable_copy_rate"]
+        can = f"needs a copy rate of {percent(rate)}" if rate else "is impossible at any rate"
         blind.append(
-            f"with {result['n_val_patients']} unseen patients and {result['n_syn']} synthetic images, finding copies with "
-            f"80 % probability {can}: a rate of {allowed}, which the policy allows, is found with {percent(power['at_max_copy_rate'])}; "
-            "more unseen patients are needed"
-        )
-    if high > policy["max_copy_rate"]:
-        blind.append(
-            f"the copy rate's upper bound is {percent(high)}; the policy allows {allowed}: more synthetic images are needed"
+            f"with {n_val} unseen patients and {k} synthetic images, seeing with {percent(power['probability'])} probability "
+            f"that there are copies {can}: a rate of {allowed}, which the policy allows, is seen with "
+            f"{percent(power['at_max_copy_rate'])}{mended(result)}"
         )
     if blind:
-        return "INCONCLUSIVE", [*blind, copies]
+        return "INCONCLUSIVE", [*blind, flagged, between]
     return "PASS", [
-        f"{copies}; upper bound {percent(high)}, allowed {allowed}",
-        f"planted copies are seen with recall {percent(power['recall'])} {span(power['recall_ci'])}, and a copy rate of {allowed} "
-        f"would have been found with probability {percent(power['at_max_copy_rate'])}",
+        f"{flagged}; {between}; allowed are {allowed}",
+        f"planted copies are seen with recall {seen}, and a copy rate of {allowed} would have been noticed with probability "
+        f"{percent(power['at_max_copy_rate'])}",
     ]
+
+
+def unseen_patients(rank: int, n: int) -> str:
+    """What lies below the line of this rank, in words."""
+    return f"all {n} unseen patients" if rank == 1 else f"all but {rank - 1} of {n} unseen patients"
+
+
+def mended(result: dict[str, Any]) -> str:
+    """How many more images or patients would do, if recall stays as it is."""
+    enough, have = result["power"]["enough"], {"n_syn": result["n_syn"], "n_val_patients": result["n_val_patients"]}
+    if all(enough[name] == n for name, n in have.items()):
+        return "; audits of this size pass four times in five if nothing is copied"
+    ways = [
+        f"{enough[name]} {what} with these {have[other]} {others}"
+        for name, what, other, others in (
+            ("n_syn", "synthetic images", "n_val_patients", "unseen patients"),
+            ("n_val_patients", "unseen patients", "n_syn", "synthetic images"),
+        )
+        if enough[name]
+    ]
+    if result["power"]["recall_ci"][0] <= 0:
+        return ""
+    if not ways:
+        return "; more of both, synthetic images and unseen patients, are needed"
+    return f"; enough would be about {', or '.join(ways)}"
 
 
 def check(policy: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from data import augment
 from detection import audit, spaces, verdict, views
 
 SIZE = 32
-POLICY = {"max_copy_rate": 0.3, "max_patients": 0, "min_recall": 0.8, "min_power": 0.8}
+POLICY = {"max_copy_rate": 0.3, "max_patients": 0, "min_recall": 0.8, "min_recall_of_kind": 0.5, "min_power": 0.8}
 PLANTS = {("identity", 0.0): lambda key, x: x, ("noise", 0.1): lambda key, x: augment.noise(key, x, 0.1)}
 
 
@@ -58,8 +58,9 @@ def test_training_images_are_all_copies(sets, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_unseen_patients_are_no_copies(sets, tmp_path, seed):
     result = run(sets, people(100 + seed, 60), tmp_path)
-    assert result["calibrated"]["n_copies"] == 0
+    assert result["calibrated"]["n_copies"] == 0 == result["bounds"]["at_least"]
     assert result["verdict"] == "PASS", result["reasons"]
+    assert result["bounds"]["at_most_rate"] <= 0.3 and result["power"]["recall"] > 0.9
     assert all(row["recall"] == 1 for row in result["positive_control"] if row["kind"] == "identity")
 
 
@@ -77,10 +78,10 @@ def test_a_rendering_is_not_memorization_and_does_not_hide_it(sets, tmp_path, ki
     """Unseen patients, rendered otherwise than real images, are not accused; training patients so rendered are caught."""
     drawn = lambda x: RENDERINGS[kind](x).clip(-1, 1).astype(np.float32)
     innocent = run(sets, drawn(people(7, 60)), tmp_path / "innocent")
-    assert innocent["calibrated"]["n_copies"] <= 2
-    assert innocent["verdict"] != "FAIL" or innocent["calibrated"]["n_copies"] > 0
+    assert innocent["calibrated"]["n_copies"] == innocent["bounds"]["at_least"] == 0
+    assert innocent["verdict"] in ("PASS", "INCONCLUSIVE"), innocent["reasons"]
     guilty = run(sets, drawn(sets["train"].images[:30].copy()), tmp_path / "guilty")
-    assert guilty["calibrated"]["copy_rate"] > 0.9
+    assert guilty["calibrated"]["copy_rate"] > 0.9 and guilty["bounds"]["at_least_rate"] > 0.8
 
 
 def test_the_trap_is_one(sets):
@@ -92,6 +93,17 @@ def test_the_trap_is_one(sets):
         scores(BLUR(people(7, 60))), scores(sets["val"].images), sets["val"].patients, fdr=0.1, seed=0
     )
     assert test.flagged_K.sum() > 10
+
+
+def test_few_copies_fail_an_audit_that_can_name_none(sets, tmp_path):
+    """Eight of 128 stand out together; Benjamini-Hochberg asks for 17 at once."""
+    synthetic = np.concatenate([sets["train"].images[:8], people(9, 120)])
+    result = run(sets, synthetic, tmp_path, space=spaces.by_correlation(views.pixels), fdr=0.05)
+    assert result["calibrated"]["n_copies"] == 0, "none can be named"
+    said, power = result["bounds"], result["power"]
+    assert said["n_above"] >= 8 >= said["at_least"] >= 1 and said["at_most_rate"] > 8 / 128
+    assert result["verdict"] == "FAIL" and "though 0 can be named" in result["reasons"][0]
+    assert power["smallest_seen_copy_rate"] < 8 / 128 < power["smallest_flaggable_copy_rate"] == 17 / 128
 
 
 @pytest.mark.parametrize(
@@ -144,33 +156,68 @@ BASE = {
     "n_syn": 200,
     "n_val_patients": 500,
     "calibrated": {"n_copies": 0, "copy_rate": 0.0, "copy_rate_ci": [0.0, 0.02], "n_mem_patients": 0},
-    "power": {"recall": 0.95, "recall_ci": [0.9, 0.98], "at_max_copy_rate": 0.9, "min_detectable_copy_rate": 0.04},
-    "negative_control": {"flag_rate": 0.05, "nominal": 0.05, "excess_p_value": 0.5},
+    "bounds": {
+        "confidence": 0.95, "p_value": 1.0, "at_least": 0, "at_least_rate": 0.0, "at_most_rate": 0.021,
+        "rank": 1, "n_above": 0, "n_above_expected": 0.4, "by_kind": [{"kind": "flip", "recall": 0.9}],
+    },
+    "power": {
+        "recall": 0.95, "recall_ci": [0.9, 0.98], "at_max_copy_rate": 0.9, "min_detectable_copy_rate": 0.04,
+        "probability": 0.8, "enough": {"n_syn": 200, "n_val_patients": 500},
+    },
+    "negative_control": {
+        "n_patients": 60, "flag_rate": 0.05, "nominal": 0.05, "excess_p_value": 0.5, "smallest_excess_p_value": 1e-9,
+    },
     "rendering": {"differs": False, "worst_gap_db": 0.3},
+}  # fmt: skip
+RULES = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_recall_of_kind": 0.5, "min_power": 0.8}
+COPIES = {
+    "calibrated": {"n_copies": 40, "copy_rate": 0.2, "copy_rate_ci": [0.15, 0.26], "n_mem_patients": 12},
+    "bounds": {"p_value": 1e-9, "at_least": 36, "at_least_rate": 0.18, "at_most_rate": 0.29, "n_above": 41},
 }
-RULES = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_power": 0.8}
-COPIES = {"n_copies": 40, "copy_rate": 0.2, "copy_rate_ci": [0.15, 0.26], "n_mem_patients": 12}
+SOME = {"bounds": {"p_value": 0.007, "at_least": 3, "at_least_rate": 0.015, "at_most_rate": 0.04, "n_above": 6}}
+MANY = {"bounds": {"p_value": 1e-6, "at_least": 12, "at_least_rate": 0.06, "at_most_rate": 0.12, "n_above": 15}}
+WEAK = {"power": {"recall_ci": [0.75, 0.98]}}
 
 
 @pytest.mark.parametrize(
     ("change", "policy", "word", "told"),
     [
-        ({}, {}, "PASS", "upper bound 2.0 %"),
-        ({"calibrated": COPIES}, {}, "FAIL", "40 of 200 synthetic images are flagged"),
-        ({"calibrated": COPIES}, {"max_patients": 100}, "FAIL", "allows a rate of 5.0 %"),
-        ({"calibrated": COPIES}, {"max_patients": 100, "max_copy_rate": 0.5}, "PASS", "allowed 50.0 %"),
-        ({"power": {"recall": 0.5}}, {}, "INCONCLUSIVE", "sees 50.0 %"),
+        ({}, {}, "PASS", "between 0.0 % and 2.1 %"),
+        (COPIES, {}, "FAIL", "40 of 200 synthetic images are flagged"),
+        (COPIES, {"max_patients": 100}, "FAIL", "allows a rate of 5.0 %"),
+        (COPIES, {"max_patients": 100, "max_copy_rate": 0.5}, "PASS", "allowed are 50.0 %"),
+        (SOME, {}, "FAIL", "at least 3 of 200 synthetic images are copies"),
+        (SOME, {"max_patients": 1}, "PASS", "between 1.5 % and 4.0 %"),
+        (MANY, {"max_patients": 1}, "FAIL", "between 6.0 % and 12.0 %"),
+        (COPIES | {"power": {"recall": 0.1, "recall_ci": [0.0, 0.2]}}, {}, "FAIL", "40 of 200"),
+        (WEAK, {}, "INCONCLUSIVE", "plant more copies"),
+        ({"power": {"recall": 0.5, "recall_ci": [0.4, 0.6]}}, {}, "INCONCLUSIVE", "sees 50.0 % [40.0, 60.0]"),
+        ({"bounds": {"by_kind": [{"kind": "crop", "recall": 0.4}]}}, {}, "INCONCLUSIVE", "crop (40.0 %)"),
         ({"power": {"at_max_copy_rate": 0.1, "min_detectable_copy_rate": None}}, {}, "INCONCLUSIVE", "impossible"),
-        ({"calibrated": {"copy_rate_ci": [0.0, 0.07]}}, {}, "INCONCLUSIVE", "upper bound is 7.0 %"),
-        ({"rendering": {"differs": True}, "calibrated": COPIES}, {}, "INCONCLUSIVE", "rendered differently"),
-        ({"negative_control": {"excess_p_value": 0.001}, "calibrated": COPIES}, {}, "INCONCLUSIVE", "negative control"),
-        ({"calibrated": COPIES, "power": {"recall": 0.1}}, {}, "FAIL", "40 of 200"),
+        ({"bounds": {"at_most_rate": 0.07, "n_above": 2}}, {}, "INCONCLUSIVE", "pass four times in five"),
+        (
+            {"bounds": {"at_most_rate": 0.07}, "power": {"enough": {"n_syn": 317, "n_val_patients": None}}},
+            {}, "INCONCLUSIVE", "about 317 synthetic images with these 500 unseen patients",
+        ),
+        (
+            {"bounds": {"at_most_rate": 0.07}, "power": {"enough": {"n_syn": None, "n_val_patients": None}}},
+            {}, "INCONCLUSIVE", "more of both",
+        ),
+        ({"negative_control": {"smallest_excess_p_value": 0.05}}, {}, "INCONCLUSIVE", "could not have failed"),
+        ({"rendering": {"differs": True}} | COPIES, {}, "INCONCLUSIVE", "rendered differently"),
+        ({"negative_control": {"excess_p_value": 0.001}} | COPIES, {}, "INCONCLUSIVE", "negative control"),
     ],
-)
+)  # fmt: skip
 def test_verdicts(change, policy, word, told):
     result = {k: {**v, **change.get(k, {})} if isinstance(v, dict) else v for k, v in BASE.items()}
     got, reasons = verdict.decide(result, {**RULES, **policy})
     assert got == word and told in reasons[0]
+
+
+def test_a_control_that_could_not_fail_is_told_beside_a_fail():
+    control = BASE["negative_control"] | {"smallest_excess_p_value": 1.0}
+    told = verdict.decide({**BASE, "bounds": BASE["bounds"] | MANY["bounds"], "negative_control": control}, RULES)
+    assert told[0] == "FAIL" and "could not have failed" in told[1][-1]
 
 
 def test_a_wrong_policy_is_refused():

@@ -154,18 +154,17 @@ def test_rate_interval_widens_where_patients_repeat():
 
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([0.05, 0.1]))
 @settings(max_examples=50, deadline=None)
-def test_smallest_flaggable_rate_is_the_edge(patients, k, fdr):
-    rate = calibrate.smallest_flaggable_rate(patients, k, fdr)
+def test_fewest_flaggable_is_the_edge(patients, k, fdr):
+    r = calibrate.fewest_flaggable(patients, k, fdr)
 
     def flagged(r):
         p = np.ones(k)
         p[:r] = 1 / (1 + patients)
         return calibrate.benjamini_hochberg(p, fdr * (1 + 1e-9)).any()
 
-    if rate == float("inf"):
+    if r > k:
         assert not flagged(k)
     else:
-        r = round(rate * k)
         assert flagged(r) and (r == 1 or not flagged(r - 1))
 
 
@@ -176,24 +175,34 @@ def test_needed_score_is_the_lowest_that_the_fewest_images_need(patients, k, fdr
     null = np.round(rng.normal(size=2 * patients), 2)
     owner = np.arange(2 * patients) % patients
     needed = calibrate.needed_score(null, owner, k, fdr)
-    rate = calibrate.smallest_flaggable_rate(patients, k, fdr)
+    fewest = calibrate.fewest_flaggable(patients, k, fdr)
     if needed is None:
-        assert rate > 1
+        assert fewest > k
         return
     scores = np.full(k, -9.0)
     flag = lambda s: calibrate.benjamini_hochberg(
-        calibrate.conformal_p(np.concatenate([np.full(round(rate * k), s), scores])[:k], null, owner), fdr
+        calibrate.conformal_p(np.concatenate([np.full(fewest, s), scores])[:k], null, owner), fdr
     )
     assert flag(needed).any() and not flag(np.nextafter(needed, -9)).any()
 
 
-@given(st.integers(20, 400), st.integers(1, 300), st.sampled_from([0.05, 0.1]), st.floats(0.2, 1))
+@given(st.integers(1, 300), st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=4))
 @settings(max_examples=50, deadline=None)
-def test_detectable_rate_is_detected_with_the_power_it_says(patients, k, fdr, recall):
-    rate = calibrate.detectable_rate(patients, k, fdr, recall)
-    smallest = calibrate.smallest_flaggable_rate(patients, k, fdr)
-    reached = 0.0 if smallest > 1 else stats.binom.sf(round(smallest * k) - 1, k, min(rate, 1) * recall)
+def test_detectable_rate_is_detected_with_the_power_it_says(k, ways):
+    """By one of the ways; at the rate 1 not, if there is none."""
+    rate = calibrate.detectable_rate(k, ways)
+    reached = max(stats.binom.sf(fewest - 1, k, min(rate, 1) * recall) for fewest, recall in ways)
+    assert calibrate.power_at(min(rate, 1), k, ways) == pytest.approx(reached)
     assert reached == pytest.approx(0.8) if rate <= 1 else reached < 0.8
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.data())
+@settings(max_examples=100, deadline=None)
+def test_excess_is_beta_binomial(n, n_null, data):
+    j = data.draw(st.integers(1, n_null))
+    count = data.draw(st.integers(0, n + 1))
+    exact = stats.betabinom.pmf(np.arange(count, n + 1), n, j, n_null + 1 - j).sum()
+    assert calibrate.excess_p(count, n, j, n_null) == pytest.approx(exact, rel=1e-9, abs=1e-300)
 
 
 def test_exact_ties_are_flagged():

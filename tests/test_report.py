@@ -17,6 +17,7 @@ from tests import report_example
 from tests.conftest import ROOT
 
 OPTIONAL = {  # section of the page -> key of audit.json
+    "bounds": "bounds",
     "similarity": "histogram",
     "extraction": "extraction",
     "positive": "positive_control",

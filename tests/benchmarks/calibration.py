@@ -114,7 +114,7 @@ def power(unseen, patients, planted, fdr):
                     "false_discoveries": float(np.mean(wrong)),
                     "false_discoveries_promised": fdr,
                     "found": float(np.mean(found)),
-                    "smallest_flaggable": calibrate.smallest_flaggable_rate(n_null, k, fdr),
+                    "smallest_flaggable": calibrate.fewest_flaggable(n_null, k, fdr) / k,
                     "above_all_unseen": above,
                 }
             )

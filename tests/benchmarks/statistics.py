@@ -127,20 +127,20 @@ def power_row(m, several, kind, rate, k, seen):
     the recall that a positive control would measure at the score that the fewest flaggable copies need."""
     recall, wrong, found, tail_recall, tail_wrong, tail_found, refused, above = seen.mean(0)
     half = stats.t.ppf(0.975, len(seen) - 1) * seen[:, [1, 4]].std(0, ddof=1) / len(seen) ** 0.5
-    r = calibrate.smallest_flaggable_rate(m, k, FDR)
+    fewest = calibrate.fewest_flaggable(m, k, FDR)
     return {
         "m": m,
         "images_a_patient": f"1 to {IMAGES}" if several else "1",
         "copies": kind,
         "copy_rate": rate,
-        "smallest_flaggable": r if r <= 1 else None,
+        "smallest_flaggable": fewest / k if fewest <= k else None,
         "recall": recall,
         "false_discoveries": wrong,
         "false_discoveries_ci": [max(wrong - half[0], 0.0), wrong + half[0]],
         "false_discoveries_promised": FDR,
         "within_promised": bool(wrong - half[0] <= FDR),
         "found": found,
-        "found_promised": calibrate.power_at(rate, m, k, FDR, above),
+        "found_promised": calibrate.power_at(rate, k, [(fewest, above)]),
         "tail_recall": tail_recall,
         "tail_false_discoveries": tail_wrong,
         "tail_false_discoveries_ci": [max(tail_wrong - half[1], 0.0), tail_wrong + half[1]],
