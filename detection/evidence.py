@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from detection import baselines, calibrate, controls, extraction, membership, neighbours, spaces, tail
+from detection import calibrate, controls, extraction, membership, neighbours, spaces, tail
 from launch import log, mesh
 
 
@@ -34,32 +34,36 @@ def side_by_side(
     others: Mapping[str, spaces.Space | Mapping[str, np.ndarray]],
     detector: spaces.Measured,
     note: str,
-    sets: Mapping[str, tuple[Sequence, Callable[[jax.Array], jax.Array]]],
+    rows: Mapping[str, Mapping[str, np.ndarray]],
+    copies: Mapping[str, np.ndarray],
     plants: controls.Plants,
-    chosen_Q: np.ndarray,
+    some: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
+    patients_Q: np.ndarray,
     flagged_K: np.ndarray,
     patients_M: np.ndarray,
-    patients_N: np.ndarray,
     *,
     fdr: float,
-    in_order: Callable[..., Iterator],
-    batch: int,
     seed: int,
 ) -> dict[str, Any]:
     """The section `spaces`: the detector and each other space, by planted copies and by what it flags.
 
     Args:
       others: a space, or vectors of 'train', 'val' and 'synthetic' made elsewhere.
-      sets: see `spaces.measured`. patients_M, patients_N: of the validation and the training images.
+      rows: space -> 'train', 'val' and 'synthetic' -> rows; copies: space -> rows of planted copies of all kinds of `plants`.
+      some: of 'train', 'val' and 'synthetic', which of their `sizes` images the rows of slow spaces are of.
+      patients_Q, patients_M: of the training images that are copied, and of the validation images.
     """
-    how = {"in_order": in_order, "batch": batch, "seed": seed}
-    told = lambda what, note: spaces.section(
-        what, patients_M, patients_N[chosen_Q], flagged_K, fdr=fdr, seed=seed, note=note
-    )
+
+    def told(what: spaces.Measured, note: str, slow: bool = False) -> dict[str, Any]:
+        val, syn = (some[name] if slow else slice(None) for name in ("val", "synthetic"))
+        return spaces.section(what, patients_M[val], patients_Q, flagged_K[syn], fdr=fdr, seed=seed, note=note)
+
     result = {"detector": told(detector, note)}
     for name, space in others.items():
         if isinstance(space, spaces.Space):
-            result[name] = told(spaces.measured(space, sets, plants, chosen_Q, **how), space.note)
+            what = spaces.measured(space, rows[name], copies[name], plants)
+            result[name] = told(what, space.note + (spaces.said_of(some, sizes) if space.slow else ""), space.slow)
         else:
             result[name] = told(spaces.given(space), "vectors given by the user, compared as they are")
     return result
@@ -85,16 +89,3 @@ def of_membership(
         return membership.Losses(np.concatenate(parts), sets[name].patients)
 
     return membership.membership(*(measure(n) for n in ("train", "val", "control")), np.asarray(levels), seed=seed)
-
-
-def of_distances(
-    train_NxD: np.ndarray,
-    syn_KxD: np.ndarray,
-    val_MxD: np.ndarray,
-    control_CxD: np.ndarray,
-    val: Any,
-    control: Any,
-    seed: int,
-) -> dict[str, Any]:
-    """The section `baselines`, in the detector's space."""
-    return baselines.baselines(train_NxD, syn_KxD, val_MxD, val.patients, control_CxD, control.patients, seed=seed)
