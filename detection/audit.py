@@ -81,7 +81,7 @@ def audit(
         t / T; None where the generator is not ours.
       described: the run's configuration and environment, for the report. redact: the report shows nothing of patients.
       caveats: what the reader must know before any number; in `audit.json` and above the table.
-      slow_images: of each set, at random, on which slow spaces are measured (see `spaces.some`).
+      slow_images: of each set, at random, on which slow spaces are measured (see `evidence.some`).
       policy: see `verdict.decide`.
       release_to: folder for the synthetic images without their copies; None: nothing is released.
       fdr: false-discovery rate of the calibrated test, and the nominal rate of the negative control.
@@ -98,7 +98,7 @@ def audit(
     chosen_Q = controls.choose(train.patients, planted, seed)
 
     sizes = {name: len(everything[name].ids) for name in ("train", "val", "synthetic")}
-    some = spaces.some(sizes, slow_images, chosen_Q, seed)
+    some = evidence.some(sizes, slow_images, chosen_Q, seed)
     deciding = {"detector": examiner}
     if release_to:
         deciding |= {"detector of another seed": again, "pixel correlation": PIXELS}

@@ -27,9 +27,13 @@ class Planted(NamedTuple):
 def choose(patients_N: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Indices of at most `count` images to copy: patients at random, one image of each at random, ascending."""
     rng = np.random.default_rng(seed)
+    return np.sort(rng.permutation(one_each(patients_N, rng))[:count])
+
+
+def one_each(patients_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of one image at random of each patient, in the order of their names."""
     order = rng.permutation(len(patients_N))
-    _, first = np.unique(patients_N[order], return_index=True)
-    return np.sort(order[rng.permutation(first)[:count]])
+    return order[np.unique(patients_N[order], return_index=True)[1]]
 
 
 def standard(plants: Plants) -> Plants:

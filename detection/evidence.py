@@ -63,10 +63,31 @@ def side_by_side(
     for name, space in others.items():
         if isinstance(space, spaces.Space):
             what = spaces.measured(space, rows[name], copies[name], plants)
-            result[name] = told(what, space.note + (spaces.said_of(some, sizes) if space.slow else ""), space.slow)
+            result[name] = told(what, space.note + (said_of(some, sizes) if space.slow else ""), space.slow)
         else:
             result[name] = told(spaces.given(space), "vectors given by the user, compared as they are")
     return result
+
+
+def some(sizes: Mapping[str, int], most: int, needed_Q: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Which of each set's images a slow space is measured on: all, or `most` at random, ascending.
+
+    Args:
+      sizes: number of images in each set. needed_Q: training images that are among them, those that are copied.
+    """
+    rng, index = np.random.default_rng(seed), {}
+    for name, n in sizes.items():
+        order = rng.permutation(n)
+        if name == "train":
+            order = np.concatenate([needed_Q, order[~np.isin(order, needed_Q)]])
+        index[name] = np.sort(order[: max(most, len(needed_Q) if name == "train" else 0)])
+    return index
+
+
+def said_of(some: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> str:
+    """What the note of a slow space adds where it was not measured on all images."""
+    parts = [f"{len(index):,} of {sizes[name]:,} {name}" for name, index in some.items() if len(index) < sizes[name]]
+    return f"; slow, so on {', '.join(parts)} images chosen at random: copies of others go unseen" if parts else ""
 
 
 def of_membership(

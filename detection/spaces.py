@@ -293,27 +293,6 @@ def _averaged_shape(image_shape: tuple[int, ...], most: int = MOST_PIXELS) -> tu
     return jax.eval_shape(lambda x: views.averaged(x, most), images).shape[1:]
 
 
-def some(sizes: Mapping[str, int], most: int, needed_Q: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Which of each set's images a slow space is measured on: all, or `most` at random, ascending.
-
-    Args:
-      sizes: number of images in each set. needed_Q: training images that are among them, those that are copied.
-    """
-    rng, index = np.random.default_rng(seed), {}
-    for name, n in sizes.items():
-        order = rng.permutation(n)
-        if name == "train":
-            order = np.concatenate([needed_Q, order[~np.isin(order, needed_Q)]])
-        index[name] = np.sort(order[: max(most, len(needed_Q) if name == "train" else 0)])
-    return index
-
-
-def said_of(some: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> str:
-    """What the note of a slow space adds where it was not measured on all images."""
-    parts = [f"{len(index):,} of {sizes[name]:,} {name}" for name, index in some.items() if len(index) < sizes[name]]
-    return f"; slow, so on {', '.join(parts)} images chosen at random: copies of others go unseen" if parts else ""
-
-
 def measured(space: Space, rows: Mapping[str, np.ndarray], copies_PxD: np.ndarray, plants: controls.Plants) -> Measured:
     """Scores of all sets in a space.
 
