@@ -140,6 +140,18 @@ def test_embeddings_are_computed_once(sets, tmp_path):
     assert stale["histogram"] != one["histogram"], "another detector's embeddings are not taken for this one's"
 
 
+def test_slow_spaces_and_baselines_say_what_they_are_of(sets, tmp_path):
+    error = lambda a, b: -((a - b) ** 2).mean((1, 2, 3))
+    others = {"pixels": spaces.by_correlation(views.pixels)}
+    others["error"] = spaces.by_pairs(error, (SIZE, SIZE, 1), "error", flips=False)
+    result = run(sets, sets["train"].images[:50], tmp_path, others=others, planted=20, slow_images=30)
+    assert "30 of 60 train, 30 of 150 val, 30 of 50 synthetic" in result["spaces"]["error"]["note"]
+    assert result["spaces"]["error"]["auc"] > 0.99 and "30 of" not in result["spaces"]["pixels"]["note"]
+    assert result["spaces"]["pixels"]["n_flagged"] == 50 > 30 >= result["spaces"]["error"]["n_flagged"]
+    assert result["baselines"]["d1_d2"]["rate"] == result["baselines"]["detector"]["d1_d2"]["rate"] == 1
+    assert "latents" not in result["baselines"]
+
+
 BASE = {
     "n_syn": 200,
     "n_val_patients": 500,
