@@ -18,8 +18,14 @@ from launch import mesh
 
 TILE = 64  # keys a maximum is taken over: few enough to look into again, enough to make the maxima 64 times fewer
 DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, which bounds the rounding error
-_BLOCKS = 8  # blocks each way in one call: fewer calls, and the products' memory is taken once a call
-_RESIDENT = 1 << 28  # bytes of keys that may stay on the devices between query blocks; more than this is streamed again
+# Of a CPU and of an accelerator. On a CPU a block of products should stay in the cache; the host looks into a tile once a
+# call, so an accelerator, for which the host is slow, takes many queries a call.
+_ROWS = {True: 1024, False: 8192}  # of a block
+_BLOCKS = {True: (8, 8), False: (64, 8)}  # of queries and of keys in one call
+_RESIDENT = {
+    True: 1 << 28,
+    False: 1 << 32,
+}  # bytes of keys that stay on the devices between calls; more are streamed again
 QUERIES, KEYS = mesh.AXES[:1], mesh.AXES[1:]  # axes of the mesh that the two are split over
 
 
@@ -34,20 +40,21 @@ class Plan(NamedTuple):
 def plan(n, m, d, block, over) -> Plan:
     """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move."""
     if block is None:
-        rows = (
-            1024 if jax.default_backend() == "cpu" else 8192
-        )  # on a CPU the block of products should stay in the cache
-        block = (max(TILE, min(rows, (1 << 22) // d)),) * 2
+        block = (max(TILE, min(_ROWS[_cpu()], (1 << 22) // d)),) * 2
     if min(block) < 1:
         raise ValueError(f"block = {block}: both sizes must be positive")
     split = [math.prod(over.shape[axis] for axis in axes) if over else 1 for axes in (QUERIES, KEYS)]
     shares = []
-    for total, size, unit, parts in ((n, block[0], 1, split[0]), (m, block[1], TILE, split[1])):
-        calls = -(-total // (size * _BLOCKS * parts)) or 1
+    for total, size, unit, most, parts in zip((n, m), block, (1, TILE), _BLOCKS[_cpu()], split, strict=True):
+        calls = -(-total // (size * most * parts)) or 1
         blocks = -(-total // (size * calls * parts)) * parts or parts
         rows = -(-total // (calls * blocks * unit)) * unit or unit
         shares += [rows, rows * blocks]
     return Plan(*shares, split[1])
+
+
+def _cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def current():
@@ -93,7 +100,7 @@ def reader(key_MxD, plan: Plan, over):
         starts = np.arange(first, first + plan.key_rows, plan.keys, dtype=np.int32)
         return padded(key_MxD, first, plan.key_rows, plan.keys, over, KEYS), put(starts, over, KEYS)
 
-    return functools.cache(read) if math.prod(key_MxD.shape) * 4 <= _RESIDENT else read
+    return functools.cache(read) if math.prod(key_MxD.shape) * 4 <= _RESIDENT[_cpu()] else read
 
 
 def padded(x_NxD, first: int, rows: int, block: int, over, axes):

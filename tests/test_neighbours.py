@@ -1,6 +1,7 @@
 """Neighbour search against brute force in numpy, for every block size, and against its own error bound."""
 
 import functools
+import socket
 import subprocess
 import sys
 
@@ -113,7 +114,7 @@ def test_a_blank_image_is_similar_to_nothing():
 
 
 def test_memory_maps_are_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiles, "_RESIDENT", 0)
+    monkeypatch.setitem(tiles._RESIDENT, True, 0)
     query, key = rows(0, 30, 8), rows(1, 3000, 8)
     np.save(tmp_path / "key.npy", key)
     mapped = np.load(tmp_path / "key.npy", mmap_mode="r")
@@ -172,7 +173,7 @@ def test_rows_made_when_read_are_searched_as_they_are():
 
 def test_a_search_that_was_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "_LONG", 0)
-    monkeypatch.setattr(tiles, "_BLOCKS", 1)
+    monkeypatch.setitem(tiles._BLOCKS, True, (1, 1))
     query, key = rows(0, 300, 8), rows(1, 500, 8)
     look_into, seen = neighbours._look_into, []
 
@@ -213,6 +214,47 @@ def test_bad_input_is_one_clear_error():
     with pytest.raises(ValueError, match="not a similarity"):
         count_above(x, x, np.nan)
     assert nearest(x[:0], x, k=2).sim.shape == (0, 2) and count_above(x[:0], x, 0.5).shape == (0,)
+
+
+def test_as_on_an_accelerator(monkeypatch):
+    """Its blocks: all keys and many queries a call."""
+    monkeypatch.setattr(tiles, "_cpu", lambda: False)
+    query, key = rows(0, 9000, 4), rows(1, 70_000, 4)
+    assert tiles.plan(9000, 70_000, 4, None, None)[:2] == (4500, 9000)
+    for bf16 in (False, True):
+        found = nearest(query, key, k=2, bf16=bf16)
+        np.testing.assert_array_equal(found.index[::100], brute(query[::100], key, 2)[1])
+
+
+PROCESS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
+import numpy as np
+from detection import neighbours
+from launch import mesh
+rng = np.random.default_rng(0)
+query, key = (neighbours.standardise(rng.standard_normal((n, 12))) for n in (101, 900))
+key[500:] = key[:400]
+sim = (query.astype(np.float64) @ key.T.astype(np.float64)).astype(np.float32)
+for fsdp in (1, 2, 4):
+    with jax.set_mesh(mesh.make(fsdp)):
+        for bf16 in (False, True):
+            found = neighbours.nearest(query, key, k=12, block=(8, 64), bf16=bf16)
+            assert (found.index == np.argsort(-sim, 1, kind="stable")[:, :12]).all(), (fsdp, bf16)
+        assert (neighbours.count_above(query, key, 0.5) == (sim > 0.5).sum(1)).all()
+print("agrees")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    start = lambda i: subprocess.Popen([sys.executable, "-c", PROCESS, str(i), port], stdout=subprocess.PIPE, text=True)
+    children = [start(i) for i in range(2)]
+    assert ["agrees" in child.communicate(timeout=600)[0] for child in children] == [True, True]
 
 
 @pytest.mark.slow
