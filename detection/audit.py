@@ -109,7 +109,7 @@ def audit(
     kept = {**how, "cache": folder / "embeddings"}
     view = dict.fromkeys(everything, look.real) | {"synthetic": look.synthetic}
     rows = embeddings.of_sets(quick, slow, everything, some, view, content, **kept)
-    copied = embeddings.Some(train.images, chosen_Q)
+    copied = [train.images[int(i)] for i in chosen_Q]
     copies = embeddings.of_plants(deciding, beside, plants, copied, look.real, seed=seed, **how)
 
     def space(name: str, kept_K: np.ndarray | slice = slice(None)) -> Space:
@@ -123,8 +123,8 @@ def audit(
     judging = {"policy": policy, "fdr": fdr, "seed": seed}
     alone = {name: examiner.vectors(of) for name, of in ours.rows.items()}
     as_they_are = {name: everything[name] for name in sizes}, {}, dict.fromkeys(sizes, views.as_it_is)
-    raw = embeddings.of_sets({"raw": examiner}, {}, *as_they_are, content, **kept)["raw"]
-    raw = {name: examiner.vectors(of) for name, of in raw.items()}
+    vectors = examiner._replace(keep=lambda rows: examiner.vectors(examiner.keep(rows)))
+    raw = embeddings.of_sets({"raw": vectors}, {}, *as_they_are, content, **kept)["raw"]
     result, test = judge(ours, train, val, control, chosen_Q, **judging)
     measure = lambda of: baselines.baselines(
         *(of[name] for name in ("train", "synthetic", "val")), val.patients, of["control"], control.patients, seed=seed

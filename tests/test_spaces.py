@@ -182,6 +182,19 @@ def test_spaces_measured_alike_on_eight_devices(tmp_path):
     assert found["shifted"]["agreement"] > 0.8 and found["pixels"]["agreement"] > 0.8
 
 
+def test_a_long_search_keeps_what_is_done_beside_the_rows(tmp_path, monkeypatch):
+    rng, write, seen = np.random.default_rng(9), neighbours._Kept.write, []
+    np.save(tmp_path / "train.npy", neighbours.standardise(rng.standard_normal((70, 9))))
+    train, query = np.load(tmp_path / "train.npy", mmap_mode="r"), rng.standard_normal((20, 9)).astype(np.float32)
+    monkeypatch.setattr(neighbours._Kept, "write", lambda *a: seen.append(a[0].path(a[1]).parent) or write(*a))
+    spaces.nearest(query[:, :4], train[:, :4], 1, False)
+    assert not seen, "not worth it"
+    monkeypatch.setattr(neighbours, "_LONG", 0)
+    found = spaces.nearest(query[:, :4], train[:, :4], 1, False)
+    assert set(seen) == {tmp_path} and [f.name for f in tmp_path.iterdir()] == ["train.npy"]
+    np.testing.assert_array_equal(found.index[:, 0], (query[:, :4] @ train[:, :4].T).argmax(1))
+
+
 def test_the_batches_of_data_will_do():
     """`in_order` here is `data.in_order` in small."""
     images = smooth(np.random.default_rng(8), 5)
