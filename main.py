@@ -123,8 +123,8 @@ def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Seq
 def audit(config: ConfigDict, workdir: Path) -> int:
     """Compares synthetic images, ours or any folder's, with the training images; writes `audit/` and `quality.json`."""
     settings = config.audit.to_dict()
-    own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings", "register")
-    foreign, release, exit_code, beside, member, vectors, candidates = (settings.pop(name) for name in own)
+    own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings", "register", "bf16")
+    foreign, release, exit_code, beside, member, vectors, candidates, bf16 = (settings.pop(name) for name in own)
     sets = data.load(**config.data.to_dict())
     ours = foreign is None
     source = workdir / "samples" if ours else Path(foreign).expanduser()
@@ -154,14 +154,15 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         untrained=detection.untrained(model, key(config, 5)),
         ssim=ldm.ssim,
         latents=ldm.latents(generator) if render else None,
+        bf16=bf16,
     )
     result = detection.audit(
-        detection.registered(embed, model.image_shape, candidates),
+        detection.registered(embed, model.image_shape, candidates, bf16=bf16),
         sets,
         synthetic,
         render=render,
         plants=plants,
-        again=again and detection.by_correlation(detection.embedder(again)),
+        again=again and detection.by_correlation(detection.embedder(again), bf16=bf16),
         others=others | given,
         losses=losses,
         described={"config": config.to_dict(), "environment": log.provenance()},

@@ -217,12 +217,15 @@ def get_config(variant: str = "") -> ConfigDict:
             # training images that are laid over each image before the nearest is named: half of them its nearest by the
             # detector, half by spectra; 0: none, the verdict rests on the detector's embeddings alone, as the paper's does
             "register": 8,
+            "bf16": False,  # neighbours by products in bfloat16 first: faster on accelerators, with the same result
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released
             "release": config_dict.placeholder(str),
             # similarity spaces reported beside the verdict's: 'detector alone' (not registered), 'untrained', 'pixels',
             # 'shifted pixels', 'SSIM'; 'latents' are the autoencoder's, of our own generators
             "spaces": ("detector alone", "untrained", "pixels", "shifted pixels", "SSIM", "latents"),
+            # images of each set, at random, that the slow ones ('shifted pixels', 'SSIM') are measured on
+            "slow_images": 2000,
             # and in vectors made elsewhere (ImageNet, DINO): an .npz with `ids` and `features` of all images
             "embeddings": config_dict.placeholder(str),
             "membership": True,  # our own generators: compare denoising losses of training and unseen patients,

@@ -1,5 +1,6 @@
 """The audit: which synthetic images are copies of training patients, could copies have been seen, and what follows."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +9,10 @@ import jax
 import numpy as np
 
 from detection import (
+    baselines,
     calibrate,
     controls,
+    embeddings,
     enrichment,
     evidence,
     extraction,
@@ -22,6 +25,8 @@ from detection import (
     views,
 )
 from launch import checkpoint, log
+
+PIXELS = spaces.by_correlation(views.pixels)
 
 
 class Space(NamedTuple):
@@ -57,6 +62,7 @@ def audit(
     percentile: float,
     pairs: int,
     planted: int,
+    slow_images: int,
     batch: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -76,6 +82,7 @@ def audit(
         t / T; None where the generator is not ours.
       described: the run's configuration and environment, for the report. redact: the report shows nothing of patients.
       caveats: what the reader must know before any number; in `audit.json` and above the table.
+      slow_images: of each set, at random, on which slow spaces are measured (see `evidence.some`).
       policy: see `verdict.decide`.
       release_to: folder for the synthetic images without their copies; None: nothing is released.
       fdr: false-discovery rate of the calibrated test, and the nominal rate of the negative control.
@@ -91,22 +98,38 @@ def audit(
     look = views.like_for_like(sets, synthetic, render, in_order, batch, seed)
     chosen_Q = controls.choose(train.patients, planted, seed)
 
-    def space(examiner: spaces.Space, kept_K: np.ndarray | slice = slice(None)) -> tuple[Space, Callable]:
-        embeddings = views.embedder(examiner.embed, in_order, batch, folder / "embeddings")
-        of = lambda name, view: embeddings(everything[name].images, view, name, content[name])
-        rows = {name: of(name, look.real) for name in ("train", "val", "control")}
-        rows["synthetic"] = of("synthetic", look.synthetic)[kept_K]
-        search = lambda query: examiner.search(query, rows["train"])
-        planting = {"embed": examiner.embed, "view": look.real, "in_order": in_order, "batch": batch, "seed": seed}
-        copies = controls.plant(plants, train.images, chosen_Q, search, **planting)
-        null_M, control_C = (search(rows[name]).sim[:, 0] for name in ("val", "control"))
-        return Space(search(rows["synthetic"]), null_M, control_C, copies, rows), of
+    sizes = {name: len(everything[name].ids) for name in ("train", "val", "synthetic")}
+    some = evidence.some(sizes, slow_images, chosen_Q, seed)
+    deciding = {"detector": examiner}
+    if release_to:
+        deciding |= {"detector of another seed": again, "pixel correlation": PIXELS}
+    beside = {name: other for name, other in others.items() if isinstance(other, spaces.Space)}
+    slow = {name: other for name, other in beside.items() if other.slow}
+    quick = {name: other for name, other in ({"pixels": PIXELS} | beside | deciding).items() if name not in slow}
+    how = {"in_order": in_order, "batch": batch}
+    kept = {**how, "cache": folder / "embeddings"}
+    view = dict.fromkeys(everything, look.real) | {"synthetic": look.synthetic}
+    rows = embeddings.of_sets(quick, slow, everything, some, view, content, **kept)
+    copied = [train.images[int(i)] for i in chosen_Q]
+    copies = embeddings.of_plants(deciding, beside, plants, copied, look.real, seed=seed, **how)
 
-    ours, of = space(examiner)
+    def space(name: str, kept_K: np.ndarray | slice = slice(None)) -> Space:
+        of = {**rows[name], "synthetic": rows[name]["synthetic"][kept_K]}
+        search = functools.partial(deciding[name].search, train_NxD=of["train"])
+        scores = lambda one: search(of[one]).sim[:, 0]
+        found = controls.planted(plants, search(copies[name]))
+        return Space(search(of["synthetic"]), scores("val"), scores("control"), found, of)
+
+    ours = space("detector")
     judging = {"policy": policy, "fdr": fdr, "seed": seed}
-    alone = {name: examiner.vectors(rows) for name, rows in ours.rows.items()}
-    raw = {name: examiner.vectors(of(name, views.as_it_is)) for name in everything if name != "control"}
+    alone = {name: examiner.vectors(of) for name, of in ours.rows.items()}
+    as_they_are = {name: everything[name] for name in sizes}, {}, dict.fromkeys(sizes, views.as_it_is)
+    vectors = examiner._replace(keep=lambda rows: examiner.vectors(examiner.keep(rows)))
+    raw = embeddings.of_sets({"raw": vectors}, {}, *as_they_are, content, **kept)["raw"]
     result, test = judge(ours, train, val, control, chosen_Q, **judging)
+    measure = lambda of: baselines.baselines(
+        *(of[name] for name in ("train", "synthetic", "val")), val.patients, of["control"], control.patients, seed=seed
+    )
     result = {
         "caveats": list(caveats),
         **result,
@@ -114,26 +137,24 @@ def audit(
         "rendering": look.report,
         "patients": report.copied_patients(train.patients[ours.hits.index[:, 0]], test.flagged_K),
         "extraction": extraction.extraction(ours.hits.index[:, 0], test.flagged_K, train.patients, fdr=fdr, seed=seed),
-        "baselines": evidence.of_distances(
-            *(alone[name] for name in ("train", "synthetic", "val", "control")), val, control, seed
-        ),
+        "baselines": {
+            **measure(rows["pixels"]),
+            **({"latents": measure(rows["latents"])} if "latents" in rows else {}),
+            "detector": measure(alone),
+        },
         "spaces": evidence.side_by_side(
             others,
             spaces.Measured(ours.hits, ours.null_M, ours.planted),
             examiner.note,
-            {
-                "train": (train.images, look.real),
-                "val": (val.images, look.real),
-                "synthetic": (synthetic.images, look.synthetic),
-            },
+            rows,
+            copies,
             controls.standard(plants),
-            chosen_Q,
+            some,
+            sizes,
+            train.patients[chosen_Q],
             test.flagged_K,
             val.patients,
-            train.patients,
             fdr=fdr,
-            in_order=in_order,
-            batch=batch,
             seed=seed,
         ),
         "membership": losses
@@ -151,11 +172,10 @@ def audit(
         nearest_K, rows_KxD = ours.hits.index[:, 0], ours.rows["synthetic"]
         keep_K = release.without_copies(test.flagged_K, nearest_K, rows_KxD, test.threshold, examiner.search)
         release.write(release_to, source, synthetic.ids, keep_K, ours.hits.sim[:, 0], test.p_K)
-        others = {"detector of another seed": again, "pixel correlation": spaces.by_correlation(views.pixels)}
         result["release"] = {
             **release.summary(release_to, test.flagged_K, keep_K),
             **examined_again(
-                {name: space(other, keep_K)[0] for name, other in others.items()} if keep_K.any() else {},
+                {name: space(name, keep_K) for name in deciding if name != "detector"} if keep_K.any() else {},
                 lambda other: judge(other, train, val, control, chosen_Q, **judging)[0] | {"rendering": look.report},
                 policy,
             ),

@@ -1,7 +1,9 @@
 """Known measures of copying, each beside its value for unseen real images: d1/d2, C_T and AuthPct.
 
 They are given to compare with the literature; the calibrated test is the one to read. All take vectors of images in one
-space (embeddings, latents, pixels) and Euclidean distances; on standardised embeddings these order as correlation does.
+space (embeddings, latents, pixels) and Euclidean distances; on standardised vectors these order as correlation does. The
+literature takes them of pixels or latents; here each image is first brought to mean 0 and norm 1. Vectors are read part
+by part, so they may be memory maps.
 """
 
 from typing import Any
@@ -10,12 +12,13 @@ import numpy as np
 from scipy import stats
 from scipy.cluster import vq
 
-from detection import calibrate, euclidean
+from detection import calibrate, controls, euclidean, neighbours
 
 RATIO = 1 / 3
 LEAST = 20  # images of either set that a cell of C_T must hold
 PER_CELL = 40  # unseen patients per cell, on average; at most MOST_CELLS cells
 MOST_CELLS = 10
+CENTRES_FROM = 20_000  # training images, at random, that the cells are made of
 DRAWS = 50  # choices of one image a patient
 
 
@@ -69,7 +72,7 @@ def authentic(of: euclidean.Nearest, train_NxD: np.ndarray) -> np.ndarray:
     images of a patient, duplicates), so it means something only beside its value for unseen images.
     """
     used, where = np.unique(of.index[:, 0], return_inverse=True)
-    others = euclidean.nearest(train_NxD[used], train_NxD, k=2)
+    others = euclidean.nearest(_picked(train_NxD, used), train_NxD, k=2)
     own = np.where(others.index[:, 0] == used, others.distance[:, 1], others.distance[:, 0])
     return of.distance[:, 0] > own[where]
 
@@ -98,19 +101,16 @@ def c_t(
       statistic; p_value: chance of as low a one if generated and unseen patients are alike, as sum w z / sqrt(sum w^2)
       is standard normal or narrower; cells: how many counted. None, None, 0 where no cell has enough images.
     """
-    centres, cell_N = (
-        vq.kmeans2(
-            np.asarray(train_NxD, np.float64), n_cells, minit="++", seed=np.random.default_rng(seed), missing="warn"
-        )
-        if n_cells > 1
-        else (np.zeros((1, train_NxD.shape[1])), np.zeros(len(train_NxD), int))
-    )
+    centres, cell_N = _cells(train_NxD, n_cells, np.random.default_rng(seed))
     sides = [_in_cells(x, centres, cell_N, train_NxD) for x in (val_MxD, syn_KxD)]
     rng = np.random.default_rng(seed)
     several = any(len(np.unique(p)) < len(p) for p in (patients_M, patients_K))
     draws = [
         _one_draw(
-            *(np.take(side, _one_each(p, rng), 1) for side, p in zip(sides, (patients_M, patients_K), strict=True))
+            *(
+                np.take(side, controls.one_each(p, rng), 1)
+                for side, p in zip(sides, (patients_M, patients_K), strict=True)
+            )
         )
         for _ in range(DRAWS if several else 1)
     ]
@@ -121,21 +121,30 @@ def c_t(
     return {"statistic": float(statistic), "p_value": float(stats.norm.cdf(z)), "cells": round(float(cells))}
 
 
+def _cells(train_NxD, n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Centres, and the cell of each training image."""
+    if n_cells == 1:
+        return np.zeros((1, train_NxD.shape[1])), np.zeros(len(train_NxD), int)
+    few = len(train_NxD) <= CENTRES_FROM
+    used = train_NxD if few else train_NxD[np.sort(rng.choice(len(train_NxD), CENTRES_FROM, replace=False))]
+    centres, cell = vq.kmeans2(np.asarray(used, np.float64), n_cells, minit="++", seed=rng, missing="warn")
+    return centres, cell if few else euclidean.nearest(train_NxD, centres).index[:, 0]
+
+
 def _in_cells(x_KxD, centres, cell_N, train_NxD) -> np.ndarray:
     """(2, K): the cell of each image, and its distance to the nearest training image of that cell."""
     cell_K = euclidean.nearest(x_KxD, centres).index[:, 0]
     distance_K = np.full(len(x_KxD), np.nan)
     for cell in np.unique(cell_K):
         if (cell_N == cell).any():
-            distance_K[cell_K == cell] = euclidean.nearest(x_KxD[cell_K == cell], train_NxD[cell_N == cell]).distance[
-                :, 0
-            ]
+            ours, theirs = (_picked(x, np.flatnonzero(of == cell)) for x, of in ((x_KxD, cell_K), (train_NxD, cell_N)))
+            distance_K[cell_K == cell] = euclidean.nearest(ours, theirs).distance[:, 0]
     return np.stack([cell_K, distance_K])
 
 
-def _one_each(patients: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    order = rng.permutation(len(patients))
-    return order[np.unique(patients[order], return_index=True)[1]]
+def _picked(x_NxD, index: np.ndarray) -> neighbours.Rows:
+    """The rows of these numbers, read when asked for."""
+    return neighbours.Rows(index, lambda part: x_NxD[part], x_NxD.shape[1])
 
 
 def _one_draw(val_2xM: np.ndarray, syn_2xK: np.ndarray) -> tuple[float, float, int] | None:

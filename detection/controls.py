@@ -1,17 +1,17 @@
 """The positive control: known copies of training images, planted; what share of them would the audit have flagged?"""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from detection import calibrate, neighbours
-from launch import log, mesh
 
 # kinds that are reported and do not count: what the generator makes of noise may be another image, and rightly not found;
 # a part copied into another image is not what a score of whole images looks for
 NOT_COUNTED = ("re-noise", "local")
+# (kind, strength) -> jitted `copy(key, x) -> x`, in the order of the report; the first strength of a kind is standard
 Plants = Mapping[tuple[str, float], Callable[[jax.Array, jax.Array], jax.Array]]
 
 
@@ -28,9 +28,13 @@ class Planted(NamedTuple):
 def choose(patients_N: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Indices of at most `count` images to copy: patients at random, one image of each at random, ascending."""
     rng = np.random.default_rng(seed)
+    return np.sort(rng.permutation(one_each(patients_N, rng))[:count])
+
+
+def one_each(patients_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of one image at random of each patient, in the order of their names."""
     order = rng.permutation(len(patients_N))
-    _, first = np.unique(patients_N[order], return_index=True)
-    return np.sort(order[rng.permutation(first)[:count]])
+    return order[np.unique(patients_N[order], return_index=True)[1]]
 
 
 def standard(plants: Plants) -> Plants:
@@ -42,35 +46,11 @@ def standard(plants: Plants) -> Plants:
     return {place: plants[place] for place in first.values()}
 
 
-def plant(
-    plants: Plants,
-    images: Any,
-    chosen_Q: np.ndarray,
-    search: Callable[[np.ndarray], neighbours.Neighbours],
-    *,
-    embed: Callable[[jax.Array], jax.Array],
-    view: Callable[[jax.Array], jax.Array],
-    in_order: Callable[..., Iterator],
-    batch: int,
-    seed: int,
-) -> list[Planted]:
-    """Copies the chosen training images in every kind and strength, renders and embeds them, and finds their nearest.
-
-    Args:
-      plants: (kind, strength) -> jitted `copy(key, x) -> x`, in the order of the report; the first strength of a kind is standard.
-      search: finds the nearest training image, itself as `view` renders it, of what `embed` makes of an image.
-      view: the rendering that a generator's copy would have.
-    """
-    subset = [images[int(i)] for i in chosen_Q]
-    key = jax.random.key(seed)
-    planted, counted = [], standard(plants)
-    with log.progress("positive control", len(plants), unit="kind") as bar:
-        for (kind, strength), copy in plants.items():
-            parts = list(mesh.stream(lambda x, copy=copy: embed(view(copy(key, x))), in_order(subset, batch)))
-            found = search(np.concatenate(parts))
-            planted.append(Planted(kind, strength, (kind, strength) in counted, found.sim[:, 0], found.index[:, 0]))
-            bar.update(1)
-    return planted
+def planted(plants: Plants, found: neighbours.Neighbours) -> list[Planted]:
+    """What was found of the copies of all kinds, in the order of the report, as many of each (`embeddings.of_copies`)."""
+    counted = standard(plants)
+    sim_PxQ, nearest_PxQ = (x[:, 0].reshape(len(plants), -1) for x in found)
+    return [Planted(*kind, kind in counted, *of) for kind, *of in zip(plants, sim_PxQ, nearest_PxQ, strict=True)]
 
 
 def recalls(

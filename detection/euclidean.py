@@ -1,5 +1,6 @@
 """Exact nearest neighbours by Euclidean distance, on top of the streaming search for the largest dot product."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,40 +23,49 @@ class Nearest(NamedTuple):
 def nearest(query_NxD: np.ndarray, key_MxD: np.ndarray, *, k: int = 1) -> Nearest:
     """The k keys at the smallest Euclidean distance of each query; of equal ones, the smaller index first.
 
-    |q - k|^2 / 2 = |q|^2 / 2 - (q . k - |k|^2 / 2), so the nearest are those with the largest dot product of (q, 1)
-    and (k, -|k|^2 / 2); a few more than k are found so, and measured anew in float64. Where rounding leaves a doubt
-    (many keys as near) the query is searched again in float64. No N x M matrix is held.
+    query_NxD, key_MxD: matrices, memory maps or `neighbours.Rows`, read part by part. |q - k|^2 / 2 = |q|^2 / 2 - (q . k -
+    |k|^2 / 2), so the nearest are those with the largest dot product of (q, 1) and (k, -|k|^2 / 2); a few more than k are
+    found so, and measured anew in float64. Where rounding leaves a doubt (many keys as near) the query is searched again
+    in float64. No N x M matrix is held.
 
     Raises:
       ValueError: fewer keys than asked for, unequal D, NaN.
     """
-    query_NxD, key_MxD = np.asarray(query_NxD), np.asarray(key_MxD)
-    m = len(key_MxD)
+    query_NxD, key_MxD = (x if isinstance(x, neighbours.Rows) else np.asanyarray(x) for x in (query_NxD, key_MxD))
+    n, m, wide = len(query_NxD), len(key_MxD), key_MxD.shape[1]
     if k > m:
         raise ValueError(f"{k} nearest neighbours asked of {m} vectors")
-    if query_NxD.shape[1:] != key_MxD.shape[1:] or not (np.isfinite(query_NxD).all() and np.isfinite(key_MxD).all()):
+    finite = all(np.isfinite(part).all() for x in (query_NxD, key_MxD) for part in _parts(x))
+    if query_NxD.shape[1:] != key_MxD.shape[1:] or not finite:
         raise ValueError(f"vectors of {query_NxD.shape[1:]} and {key_MxD.shape[1:]} numbers, or NaN among them")
-    if len(query_NxD) * m <= _FEW:
+    if n * m <= _FEW:
         index = _searched(query_NxD, key_MxD, k)
         return Nearest(_measured(query_NxD, key_MxD, index), index)
-    middle = key_MxD.mean(0, dtype=np.float64)
-    query, key = (np.asarray(x - middle, np.float32) for x in (query_NxD, key_MxD))
-    half = -0.5 * np.einsum("md,md->m", key, key, dtype=np.float64)
+    middle = sum(part.sum(0, dtype=np.float64) for part in _parts(key_MxD)) / m
+    moved = lambda x: np.asarray(x - middle, np.float32)
+    squares = lambda x: np.einsum("md,md->m", x, x, dtype=np.float64)
+    longest = max(squares(moved(part)).max() for part in _parts(key_MxD))
+    lifted = lambda x: np.concatenate([x, -0.5 * squares(x)[:, None].astype(np.float32)], 1)
     found = neighbours.nearest(
-        np.concatenate([query, np.ones((len(query), 1), np.float32)], 1),
-        np.concatenate([key, half[:, None].astype(np.float32)], 1),
+        neighbours.Rows(query_NxD, lambda x: np.pad(moved(x), ((0, 0), (0, 1)), constant_values=1), wide + 1),
+        neighbours.Rows(key_MxD, lambda x: lifted(moved(x)), wide + 1),
         k=min(k + _SPARE, m),
     )
     index = found.index.astype(np.int64)
     distance = _measured(query_NxD, key_MxD, index)
     if index.shape[1] < m:  # is any key that was left out sure to be farther than the last one wanted?
-        size = np.sqrt(-2 * half.min()) + np.sqrt(np.einsum("nd,nd->n", query, query, dtype=np.float64))
+        size = np.sqrt(longest) + np.sqrt(np.concatenate([squares(moved(part)) for part in _parts(query_NxD)]))
         doubt = np.sort(distance, 1)[:, k - 1] ** 2 >= distance[:, -1] ** 2 - 2.0**-20 * size**2
         if doubt.any():
             index[doubt] = _searched(query_NxD[doubt], key_MxD, index.shape[1])
             distance[doubt] = _measured(query_NxD[doubt], key_MxD, index[doubt])
     order = np.lexsort((index, distance), axis=1)[:, :k]
     return Nearest(np.take_along_axis(distance, order, 1), np.take_along_axis(index, order, 1))
+
+
+def _parts(x) -> Iterator[np.ndarray]:
+    rows = max(1, _ROWS // x.shape[1])
+    return (x[start : start + rows] for start in range(0, len(x), rows))
 
 
 def _measured(query_NxD, key_MxD, index_Nxc) -> np.ndarray:
@@ -73,6 +83,7 @@ def _searched(query_NxD, key_MxD, c) -> np.ndarray:
     rows = max(1, _ROWS // len(key_MxD))
     parts = [np.zeros((0, c), np.int64)]
     for start in range(0, len(query_NxD), rows):
-        distance = spatial.distance.cdist(query_NxD[start : start + rows], key_MxD)
+        query = query_NxD[start : start + rows]
+        distance = np.concatenate([spatial.distance.cdist(query, part) for part in _parts(key_MxD)], 1)
         parts.append(distance.argmin(1)[:, None] if c == 1 else np.argsort(distance, axis=1, kind="stable")[:, :c])
     return np.concatenate(parts)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from detection import baselines, calibrate, controls, extraction, membership, neighbours, spaces, tail
+from detection import calibrate, controls, extraction, membership, neighbours, spaces, tail
 from launch import log, mesh
 
 
@@ -34,35 +34,60 @@ def side_by_side(
     others: Mapping[str, spaces.Space | Mapping[str, np.ndarray]],
     detector: spaces.Measured,
     note: str,
-    sets: Mapping[str, tuple[Sequence, Callable[[jax.Array], jax.Array]]],
+    rows: Mapping[str, Mapping[str, np.ndarray]],
+    copies: Mapping[str, np.ndarray],
     plants: controls.Plants,
-    chosen_Q: np.ndarray,
+    some: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
+    patients_Q: np.ndarray,
     flagged_K: np.ndarray,
     patients_M: np.ndarray,
-    patients_N: np.ndarray,
     *,
     fdr: float,
-    in_order: Callable[..., Iterator],
-    batch: int,
     seed: int,
 ) -> dict[str, Any]:
     """The section `spaces`: the detector and each other space, by planted copies and by what it flags.
 
     Args:
       others: a space, or vectors of 'train', 'val' and 'synthetic' made elsewhere.
-      sets: see `spaces.measured`. patients_M, patients_N: of the validation and the training images.
+      rows: space -> 'train', 'val' and 'synthetic' -> rows; copies: space -> rows of planted copies of all kinds of `plants`.
+      some: of 'train', 'val' and 'synthetic', which of their `sizes` images the rows of slow spaces are of.
+      patients_Q, patients_M: of the training images that are copied, and of the validation images.
     """
-    how = {"in_order": in_order, "batch": batch, "seed": seed}
-    told = lambda what, note: spaces.section(
-        what, patients_M, patients_N[chosen_Q], flagged_K, fdr=fdr, seed=seed, note=note
-    )
+
+    def told(what: spaces.Measured, note: str, slow: bool = False) -> dict[str, Any]:
+        val, syn = (some[name] if slow else slice(None) for name in ("val", "synthetic"))
+        return spaces.section(what, patients_M[val], patients_Q, flagged_K[syn], fdr=fdr, seed=seed, note=note)
+
     result = {"detector": told(detector, note)}
     for name, space in others.items():
         if isinstance(space, spaces.Space):
-            result[name] = told(spaces.measured(space, sets, plants, chosen_Q, **how), space.note)
+            what = spaces.measured(space, rows[name], copies[name], plants)
+            result[name] = told(what, space.note + (said_of(some, sizes) if space.slow else ""), space.slow)
         else:
             result[name] = told(spaces.given(space), "vectors given by the user, compared as they are")
     return result
+
+
+def some(sizes: Mapping[str, int], most: int, needed_Q: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Which of each set's images a slow space is measured on: all, or `most` at random, ascending.
+
+    Args:
+      sizes: number of images in each set. needed_Q: training images that are among them, those that are copied.
+    """
+    rng, index = np.random.default_rng(seed), {}
+    for name, n in sizes.items():
+        order = rng.permutation(n)
+        if name == "train":
+            order = np.concatenate([needed_Q, order[~np.isin(order, needed_Q)]])
+        index[name] = np.sort(order[: max(most, len(needed_Q) if name == "train" else 0)])
+    return index
+
+
+def said_of(some: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> str:
+    """What the note of a slow space adds where it was not measured on all images."""
+    parts = [f"{len(index):,} of {sizes[name]:,} {name}" for name, index in some.items() if len(index) < sizes[name]]
+    return f"; slow, so on {', '.join(parts)} images chosen at random: copies of others go unseen" if parts else ""
 
 
 def of_membership(
@@ -85,16 +110,3 @@ def of_membership(
         return membership.Losses(np.concatenate(parts), sets[name].patients)
 
     return membership.membership(*(measure(n) for n in ("train", "val", "control")), np.asarray(levels), seed=seed)
-
-
-def of_distances(
-    train_NxD: np.ndarray,
-    syn_KxD: np.ndarray,
-    val_MxD: np.ndarray,
-    control_CxD: np.ndarray,
-    val: Any,
-    control: Any,
-    seed: int,
-) -> dict[str, Any]:
-    """The section `baselines`, in the detector's space."""
-    return baselines.baselines(train_NxD, syn_KxD, val_MxD, val.patients, control_CxD, control.patients, seed=seed)

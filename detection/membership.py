@@ -54,7 +54,7 @@ def membership(train: Losses, val: Losses, control: Losses | None, levels: np.nd
         if len(np.unique(patients)) < 4:
             raise ValueError(f"membership needs at least four {name} patients, not {len(np.unique(patients))}")
     rng = np.random.default_rng(seed)
-    means = {name: _patient_means(set) for name, set in sets.items()}
+    means = {name: roc.by_patient(set.loss, set.patients) for name, set in sets.items()}
     gap, half = _welch(means["val"], means["train"])
     areas = [roc.area(*_scores(train, i), *_scores(val, i)) for i in range(len(levels))]
     halves = {name: _halved(sets[name], rng) for name in ("train", "val")}
@@ -131,14 +131,6 @@ def _halved(set: Losses, rng: np.random.Generator) -> tuple[Losses, Losses]:
     names = np.unique(set.patients)
     first = np.isin(set.patients, rng.permutation(names)[: len(names) // 2])
     return tuple(Losses(set.loss[part], set.patients[part]) for part in (first, ~first))
-
-
-def _patient_means(set: Losses) -> np.ndarray:
-    """(patients, L)"""
-    _, inverse, counts = np.unique(set.patients, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(counts), set.loss.shape[1]))
-    np.add.at(sums, inverse, set.loss)
-    return sums / counts[:, None]
 
 
 def _welch(one_PxL: np.ndarray, other_QxL: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:

@@ -1,26 +1,30 @@
 """Exact nearest neighbours by correlation, in memory that depends on the block and not on the number of images.
 
-A step on the device multiplies one block of queries with one block of keys in float32 and keeps, for each query, only
+A step on the devices multiplies blocks of queries with blocks of keys in float32 and keeps, for each query, only
 the largest product of every tile of 64 consecutive keys, and of those maxima the few largest. The top k keys of a
 query lie in the k tiles with the largest maxima, so only these are looked into again, on the host and in float64.
 Every similarity that is returned is a float64 dot product rounded to float32, and every choice is checked against a
 bound of the error of the float32 products; the rare query that fails the check (more equal keys than tiles kept) is
-searched again in float64. The result is therefore the same for every block size and device.
+searched again in float64 (with bfloat16 products, whose bound is wider: in float32). The result is therefore the same for every block size, number of devices and precision.
 """
 
-import functools
+import dataclasses
+import hashlib
 import itertools
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-_TILE = 64  # keys a maximum is taken over: few enough to look into again, enough to make the maxima 64 times fewer
+from detection import tiles
+from launch import mesh, stage
+
 _SPARE = 3  # tiles kept beyond k, so that near ties seldom need the search in float64
-_DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, which bounds the rounding error
-_BLOCKS = 8  # blocks each way in one call: fewer calls, and the products' memory is taken once a call
-_RESIDENT = 1 << 28  # bytes of keys that may stay on the device between query blocks; more than this is streamed again
+_LONG = 1 << 43  # multiplications of a search that keeps what is done; some two minutes of two cores
 
 
 class Neighbours(NamedTuple):
@@ -28,6 +32,25 @@ class Neighbours(NamedTuple):
 
     sim: np.ndarray
     index: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows that are made when they are read: `change` of those of `source`. They are searched as matrices are."""
+
+    source: Any  # (N, ...) matrix, or Rows
+    change: Callable[[np.ndarray], np.ndarray]  # (n, ...) -> (n, D)
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.source), self.width
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, part) -> np.ndarray:
+        return self.change(self.source[part])
 
 
 def standardise(x_NxD) -> np.ndarray:
@@ -52,40 +75,69 @@ def standardise(x_NxD) -> np.ndarray:
     return out_NxD
 
 
-def nearest(query_NxD, key_MxD, *, k: int = 1, block: tuple[int, int] | None = None) -> Neighbours:
+def nearest(
+    query_NxD,
+    key_MxD,
+    *,
+    k: int = 1,
+    block: tuple[int, int] | None = None,
+    bf16: bool = False,
+    keep: Path | None = None,
+) -> Neighbours:
     """The k keys with the largest dot product to each query; equal similarities go to the smaller index.
 
-    query_NxD, key_MxD: float32 rows as `standardise` gives them; numpy arrays or memory maps, read part by part, so
-    they may be larger than the device's memory. block: (queries, keys) multiplied at once; it changes the speed and
-    the memory, never the result. Raises ValueError for k < 1, k > M, unequal D, or NaN.
+    query_NxD, key_MxD: float32 rows as `standardise` gives them; numpy arrays, memory maps or `Rows`, read part by part,
+    so they may be larger than the devices' memory. block: (queries, keys) multiplied at once; bf16: in that precision
+    first. Both change the speed and the memory, never the result. keep: folder where a search of minutes keeps what is
+    done, under the hash of all it depends on, so that one that was stopped goes on; emptied at the end. Raises ValueError
+    for k < 1, k > M, unequal D, or NaN.
     """
     query_NxD, key_MxD = _pair(query_NxD, key_MxD)
     n, m = len(query_NxD), len(key_MxD)
     if not 1 <= k <= m:
         raise ValueError(f"k = {k} neighbours asked of {m} keys; k must lie in 1 to {m}")
-    plan = _plan(n, m, query_NxD.shape[1], block)
-    read_keys = _reader(key_MxD, plan.keys, plan.key_rows)
-    sim_Nxk, index_Nxk = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
+    over = tiles.current()
+    plan = tiles.plan(n, m, query_NxD.shape[1], block, over)
+    read_keys = tiles.reader(key_MxD, plan, over)
+    kept = _Kept(query_NxD, key_MxD, k, plan, keep) if keep and n * m * query_NxD.shape[1] >= _LONG else None
+    packed_Nxk = np.empty((n, k), np.int64)
 
-    def settle(start, peak_SxQxc, tile_SxQxc, reach):
+    def again(query):
+        if not bf16:
+            return _pack(*_search_exactly(query, key_MxD, k))
+        rows = 1 << (len(query) - 1).bit_length()  # few shapes, few compilations
+        filled = np.concatenate([query, np.repeat(query[-1:], rows - len(query), 0)])
+        return _pack(*nearest(filled, key_MxD, k=k, block=block))[: len(query)]
+
+    def settle(start, found):
         query = query_NxD[start : start + plan.query_rows]
-        peak_Nxc, tile_Nxc = (np.asarray(x).reshape(-1, x.shape[-1])[: len(query)] for x in (peak_SxQxc, tile_SxQxc))
-        found = _look_into(query, key_MxD, peak_Nxc, tile_Nxc, _error(query, float(reach)), k)
-        sim_Nxk[start : start + len(query)], index_Nxk[start : start + len(query)] = found
+        peak_Nxc, tile_Nxc, reach = tiles.merged(*mesh.fetch(found), len(query))
+        own = _share(len(query))
+        error_N = _error(query[own], reach, bf16)
+        packed, sure = _gathered(*_look_into(query[own], key_MxD, peak_Nxc[own], tile_Nxc[own], error_N, k), len(query))
+        if not sure.all():
+            packed[~sure] = again(query[~sure])
+        packed_Nxk[start : start + len(query)] = packed
+        if kept:
+            kept.write(start, packed)
 
     pending = ()
     for start in range(0, n, plan.query_rows):
-        query = _padded(query_NxD, start, plan.query_rows, plan.queries)
-        shape = query.shape[:2] + (k + _SPARE,)
-        best = jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32), jnp.float32(0)
+        if kept and (done := kept.read(start)) is not None:
+            packed_Nxk[start : start + len(done)] = done
+            continue
+        query = tiles.padded(query_NxD, start, plan.query_rows, plan.queries, over, tiles.QUERIES)
+        found = tiles.nothing((plan.key_shares, *query.shape[:2], k + _SPARE), over)
         for first in range(0, m, plan.key_rows):
-            best = _keep_tiles(query, read_keys(first), *best, first, m)
-        if pending:  # the host settles one group of queries while the device multiplies the next
+            found = tiles.keep(query, *read_keys(first), found, m, over=over, bf16=bf16)
+        if pending:  # the host settles one group of queries while the devices multiply the next
             settle(*pending)
-        pending = (start, *best)
+        pending = start, found
     if pending:
         settle(*pending)
-    return Neighbours(sim_Nxk, index_Nxk)
+    if kept:
+        kept.remove()
+    return Neighbours(*_unpack(packed_Nxk))
 
 
 def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None = None) -> np.ndarray:
@@ -98,18 +150,19 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
     if not np.isfinite(tau):
         raise ValueError(f"tau = {tau} is not a similarity")
     n, m = len(query_NxD), len(key_MxD)
-    plan = _plan(n, m, query_NxD.shape[1], block)
-    read_keys = _reader(key_MxD, plan.keys, plan.key_rows)
+    over = tiles.current()
+    plan = tiles.plan(n, m, query_NxD.shape[1], block, over)
+    read_keys = tiles.reader(key_MxD, plan, over)
     reach = max((float(_norms(key_MxD[i : i + plan.keys]).max()) for i in range(0, m, plan.keys)), default=0.0)
     count_N = np.zeros(n, np.int64)
     for start in range(0, n, plan.query_rows):
         stop = min(start + plan.query_rows, n)
-        query = _padded(query_NxD, start, plan.query_rows, plan.queries)
+        query = tiles.padded(query_NxD, start, plan.query_rows, plan.queries, over, tiles.QUERIES)
         slack = float(_error(query_NxD[start:stop], reach).max())
-        counts = jnp.zeros((2, *query.shape[:2]), jnp.int32)
+        counts = tiles.put(np.zeros((plan.key_shares, *query.shape[:2], 2), np.int32), over, tiles.KEYS, tiles.QUERIES)
         for first in range(0, m, plan.key_rows):
-            counts = _count(query, read_keys(first), counts, tau + slack, tau - slack, first, m)
-        sure, maybe = np.asarray(counts).reshape(2, -1)[:, : stop - start]
+            counts = tiles.count(query, *read_keys(first), counts, tau + slack, tau - slack, m, over=over)
+        sure, maybe = mesh.fetch(counts).sum(0).reshape(-1, 2)[: stop - start].T
         count_N[start:stop] = sure
         doubtful = start + np.flatnonzero(sure != maybe)
         if len(doubtful):  # a product within rounding of tau: count these queries again in float64
@@ -117,62 +170,8 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
     return count_N
 
 
-@functools.partial(jax.jit, donate_argnums=(2, 3))
-def _keep_tiles(query_SxQxD, key_RxKxD, peak_SxQxc, tile_SxQxc, reach, first, stop):
-    """R blocks of keys, from key number `first` on, against S of queries: the running c tiles with the largest maxima."""
-    blocks, rows, _ = key_RxKxD.shape
-    position = first + jnp.arange(blocks * rows).reshape(blocks, -1, _TILE)
-    tile_G = position[..., 0].ravel() // _TILE
-
-    def against(query_QxD, peak_Qxc, tile_Qxc):
-        def maxima(key_KxD, position):
-            sim = _products(query_QxD, key_KxD).reshape(len(query_QxD), -1, _TILE)
-            return jnp.where(position < stop, sim, -jnp.inf).max(-1)
-
-        peak_RxQxG = jax.lax.map(lambda one: maxima(*one), (key_RxKxD, position))
-        peak = jnp.concatenate([peak_Qxc, jnp.moveaxis(peak_RxQxG, 0, 1).reshape(len(query_QxD), -1)], 1)
-        tile = jnp.concatenate([tile_Qxc, jnp.broadcast_to(tile_G, (len(query_QxD), len(tile_G)))], 1)
-        peak, best = jax.lax.top_k(peak, peak_Qxc.shape[1])
-        return peak, jnp.take_along_axis(tile, best, 1)
-
-    peak_SxQxc, tile_SxQxc = jax.lax.map(lambda one: against(*one), (query_SxQxD, peak_SxQxc, tile_SxQxc))
-    return peak_SxQxc, tile_SxQxc, jnp.maximum(reach, jnp.sqrt(jnp.max(jnp.sum(key_RxKxD**2, -1))))
-
-
-@functools.partial(jax.jit, donate_argnums=2)
-def _count(query_SxQxD, key_RxKxD, count_2xSxQ, high, low, first, stop):
-    blocks, rows, _ = key_RxKxD.shape
-    position = first + jnp.arange(blocks * rows).reshape(blocks, rows)
-
-    def against(query_QxD):
-        def count(total_2xQ, block):
-            key_KxD, position = block
-            sim = jnp.where(position < stop, _products(query_QxD, key_KxD), -jnp.inf)
-            return total_2xQ + jnp.stack([jnp.sum(sim > bound, 1, dtype=jnp.int32) for bound in (high, low)]), None
-
-        return jax.lax.scan(count, jnp.zeros((2, len(query_QxD)), jnp.int32), (key_RxKxD, position))[0]
-
-    return count_2xSxQ + jnp.moveaxis(jax.lax.map(against, query_SxQxD), 0, 1)
-
-
-def _products(query_QxD, key_KxD):
-    """All dot products in true float32 (accelerators would use fewer bits), summed in parts of _DEPTH dimensions."""
-    multiply = functools.partial(jnp.einsum, "qd,kd->qk", precision="highest")
-    whole, rest = divmod(query_QxD.shape[1], _DEPTH)
-    sim = jnp.zeros((len(query_QxD), len(key_KxD)), jnp.float32)
-    if (whole == 1 and not rest) or not whole:
-        return multiply(query_QxD, key_KxD)
-
-    def add(part, sim):
-        query, key = (jax.lax.dynamic_slice_in_dim(x, part * _DEPTH, _DEPTH, 1) for x in (query_QxD, key_KxD))
-        return sim + multiply(query, key)
-
-    sim = jax.lax.fori_loop(0, whole, add, sim)
-    return sim + multiply(query_QxD[:, whole * _DEPTH :], key_KxD[:, whole * _DEPTH :]) if rest else sim
-
-
 def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
-    """Exact top k from the kept tiles: (sim_Nxk, index_Nxk).
+    """Exact top k from the kept tiles, packed (N, k), and for which queries they are sure to be the top k (N,).
 
     With peaks wrong by at most e, the k-th best similarity is at least f = the k-th largest peak - e, a tile that
     holds one as large has a peak of at least f - e, and no key of a dropped tile exceeds the last kept peak + e.
@@ -186,19 +185,18 @@ def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
     edges = np.flatnonzero(np.diff(tile, prepend=-1, append=-1))
     rows, pairs = [], []
     for low, high in itertools.pairwise(edges):
-        first, asked = int(tile[low]) * _TILE, row[low:high]
-        sim = _few_dots(query_NxD[asked], key_MxD[first : first + _TILE])
+        first, asked = int(tile[low]) * tiles.TILE, row[low:high]
+        sim = _few_dots(query_NxD[asked], key_MxD[first : first + tiles.TILE])
         hit, column = np.nonzero(sim >= floor_N[asked, None])
         rows.append(asked[hit])
         pairs.append(_pack(sim[hit, column], first + column))
     rows, pairs = np.concatenate(rows), np.concatenate(pairs)
     order = np.lexsort((~pairs, rows))
     start_N = np.searchsorted(rows[order], np.arange(n))
-    sim_Nxk, index_Nxk = _unpack(pairs[order][start_N[:, None] + np.arange(k)])
-    if keep < -(-len(key_MxD) // _TILE):  # else no tile was dropped
-        unsure = np.flatnonzero(~(sim_Nxk[:, -1] > peak_Nxc[:, -1] + error_N))
-        sim_Nxk[unsure], index_Nxk[unsure] = _search_exactly(query_NxD[unsure], key_MxD, k)
-    return sim_Nxk, index_Nxk
+    packed_Nxk = pairs[order][start_N[:, None] + np.arange(k)]
+    dropped = keep < -(-len(key_MxD) // tiles.TILE)
+    sure_N = _unpack(packed_Nxk[:, -1])[0] > peak_Nxc[:, -1] + error_N if dropped else np.ones(n, bool)
+    return packed_Nxk, sure_N
 
 
 def _search_exactly(query_NxD, key_MxD, k, rows=256, keys=8192):
@@ -252,10 +250,14 @@ def _largest(packed_NxM, k) -> np.ndarray:
     return np.sort(top, axis=1)[:, ::-1]
 
 
-def _error(query_NxD, reach: float) -> np.ndarray:
-    """Bound of |float32 product - returned similarity|: Higham, Accuracy and Stability, section 3.1, and Cauchy-Schwarz."""
+def _error(query_NxD, reach: float, bf16: bool = False) -> np.ndarray:
+    """Bound of |device's product - returned similarity|: Higham, Accuracy and Stability, section 3.1, and Cauchy-Schwarz.
+
+    Rounding both factors to bfloat16, of 8 bits, adds less than 2 * 2^-8 + 2^-16.
+    """
     d = query_NxD.shape[1]
-    error_N = (min(d, _DEPTH) + -(-d // _DEPTH) + 2) * np.float32(2**-24) * _norms(query_NxD) * np.float32(reach)
+    units = (min(d, tiles.DEPTH) + -(-d // tiles.DEPTH) + 2) * np.float32(2**-24) + bf16 * np.float32(2**-7 + 2**-15)
+    error_N = units * _norms(query_NxD) * np.float32(reach)
     if not np.isfinite(error_N).all():
         raise ValueError("the embeddings hold NaN or infinity; mend them first")
     return error_N.astype(np.float32)
@@ -266,41 +268,52 @@ def _norms(x_NxD) -> np.ndarray:
     return np.sqrt(np.einsum("nd,nd->n", x, x))
 
 
-class _Plan(NamedTuple):
-    queries: int  # rows of one block of queries
-    query_rows: int  # rows of queries in one call to the device
-    keys: int
-    key_rows: int
+def _share(n: int) -> slice:
+    """The rows of n that this process looks into."""
+    rows = -(-n // jax.process_count())
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
-def _plan(n, m, d, block) -> _Plan:
-    """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move."""
-    if block is None:
-        rows = (
-            1024 if jax.default_backend() == "cpu" else 8192
-        )  # on a CPU the block of products should stay in the cache
-        block = (max(_TILE, min(rows, (1 << 22) // d)),) * 2
-    if min(block) < 1:
-        raise ValueError(f"block = {block}: both sizes must be positive")
-    shares = []
-    for total, size, unit in ((n, block[0], 1), (m, block[1], _TILE)):
-        calls = -(-total // (size * _BLOCKS)) or 1
-        blocks = -(-total // (size * calls)) or 1
-        rows = -(-total // (calls * blocks * unit)) * unit or unit
-        shares += [rows, rows * blocks]
-    return _Plan(*shares)
+def _gathered(packed_Nxk, sure_N, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of all processes, of n rows in all."""
+    if jax.process_count() == 1:
+        return packed_Nxk, sure_N
+    rows = -(-n // jax.process_count())
+    both = np.concatenate([packed_Nxk, sure_N[:, None]], 1)
+    both = np.concatenate([both, np.zeros((rows - len(both), both.shape[1]), np.int64)])
+    both = multihost_utils.process_allgather(both.view(np.int32)).view(np.int64)  # jax would cut 64 bits to 32
+    both = both.reshape(-1, both.shape[-1])[:n]
+    return both[:, :-1].copy(), both[:, -1].astype(bool)
 
 
-def _reader(key_MxD, keys, rows):
-    """first -> (R, keys, D), the padded blocks of keys on the device; small sets are put there once."""
-    read = functools.partial(_padded, key_MxD, rows=rows, block=keys)
-    return functools.cache(read) if key_MxD.size * 4 <= _RESIDENT else read
+class _Kept:
+    """Finished groups of queries of one search, in files; process 0 writes, all read."""
 
+    def __init__(self, query_NxD, key_MxD, k: int, plan: tiles.Plan, folder: Path):
+        digest = hashlib.sha256(repr((query_NxD.shape, key_MxD.shape, k, plan.query_rows)).encode())
+        for x in (query_NxD, key_MxD):
+            for start in range(0, x.shape[0], 8192):
+                digest.update(np.ascontiguousarray(x[start : start + 8192], np.float32))
+        self.path = lambda start: folder / f"search-{digest.hexdigest()[:32]}-{start}.npy"
+        self.starts = range(0, len(query_NxD), plan.query_rows)
 
-def _padded(x_NxD, first: int, rows: int, block: int):
-    x = np.asarray(x_NxD[first : first + rows], np.float32)
-    x = x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), x.shape[1]), np.float32)])
-    return jnp.asarray(x.reshape(-1, block, x.shape[1]))
+    def read(self, start: int) -> np.ndarray | None:
+        return np.load(self.path(start)) if self.path(start).exists() else None
+
+    def write(self, start: int, packed: np.ndarray) -> None:
+        if jax.process_index() == 0:
+            path = self.path(start)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".aside")
+            with open(aside, "wb") as file:
+                np.save(file, packed)
+            os.replace(aside, path)
+
+    def remove(self) -> None:
+        stage.barrier("search")
+        if jax.process_index() == 0:
+            for start in self.starts:
+                self.path(start).unlink(missing_ok=True)
 
 
 def _pair(query, key):
@@ -311,7 +324,7 @@ def _pair(query, key):
 
 
 def _matrix(x, name: str):
-    x = x if isinstance(x, np.ndarray) else np.asarray(x)
-    if x.ndim != 2 or x.shape[1] == 0:
+    x = x if isinstance(x, np.ndarray | Rows) else np.asarray(x)
+    if len(x.shape) != 2 or x.shape[1] == 0:
         raise ValueError(f"{name} has shape {x.shape}; rows of embeddings, (N, D), are needed")
     return x

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detection import roc
+
 TOLERANCE_DB = 3.0  # a factor of two in power
 RELEVANT = 1e-3  # bands with a smaller share of the variance do not move a correlation
 PERMUTATIONS = 999
@@ -87,8 +89,7 @@ def compare(val_MxF: np.ndarray, patients_M: np.ndarray, syn_KxF: np.ndarray, *,
     worst = gap[counts][np.argmax(np.abs(gap[counts]))] if counts.any() else 0.0
     high = slice(val_MxF.shape[1] // 2, None)
     score = lambda shares: np.log(np.maximum(shares[:, high].sum(1), 1e-12))
-    _, inverse, size = np.unique(patients_M, return_inverse=True, return_counts=True)
-    by_patient = np.bincount(inverse, weights=score(val_MxF)) / size
+    by_patient = roc.by_patient(score(val_MxF), patients_M)
     pool = np.concatenate([by_patient, score(syn_KxF)])
     split = len(by_patient)
 

@@ -25,8 +25,8 @@ def area(
       area in [0, 1], ties counting one half; (low, high).
     """
     high_P, low_Q = calibrate.finite(high_P), calibrate.finite(low_Q)
-    wins = _by_patient(_share_below(high_P, low_Q, patients_Q), patients_P)
-    losses = _by_patient(_share_below(low_Q, high_P, patients_P), patients_Q)
+    wins = by_patient(_share_below(high_P, low_Q, patients_Q), patients_P)
+    losses = by_patient(_share_below(low_Q, high_P, patients_P), patients_Q)
     value, p, q = float(wins.mean()), len(wins), len(losses)
     error = np.sqrt((wins.var(ddof=1) / p if p > 1 else 0.25) + (losses.var(ddof=1) / q if q > 1 else 0.25))
     z = stats.norm.ppf((1 + level) / 2)
@@ -99,7 +99,7 @@ def summary(
 
 def _recall(fpr, high_P, patients_P, low_Q, patients_Q) -> float:
     reached = 1 - _share_below(high_P, low_Q, patients_Q, ties=0.0)  # share of the second set at or above each score
-    return float(_by_patient(reached <= fpr * (1 + 1e-9), patients_P).mean())
+    return float(by_patient(reached <= fpr * (1 + 1e-9), patients_P).mean())
 
 
 def _share_below(scores: np.ndarray, others: np.ndarray, patients: np.ndarray, ties: float = 0.5) -> np.ndarray:
@@ -111,10 +111,12 @@ def _share_below(scores: np.ndarray, others: np.ndarray, patients: np.ndarray, t
     return (1 - ties) * left + ties * right
 
 
-def _by_patient(x: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """Mean of `x` over the images of each patient."""
+def by_patient(x: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """Mean of `x` (n, ...) over the images of each patient: (patients, ...), in the order of their names."""
     _, inverse, counts = np.unique(patients, return_inverse=True, return_counts=True)
-    return np.bincount(inverse, weights=x) / counts
+    columns = np.reshape(x, (len(x), -1)).T
+    means = [np.bincount(inverse, weights=column) / counts for column in columns]
+    return np.stack(means, 1).reshape(len(counts), *np.shape(x)[1:])
 
 
 def _score_interval(value: float, p: int, q: int, z: float) -> tuple[float, float]:

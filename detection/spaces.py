@@ -7,7 +7,8 @@ learned nothing is one that sees no more than an untrained one does, or than pix
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,17 +27,17 @@ class Space(NamedTuple):
     """One space: see the module. `note`: what the reader must know of it."""
 
     embed: Callable[[jax.Array], jax.Array]  # images (B, *S, C) -> (B, D)
-    search: Callable[
-        [np.ndarray, np.ndarray], neighbours.Neighbours
-    ]  # of (queries, training images), rows as `embed` gives
+    search: Callable[[np.ndarray, np.ndarray], neighbours.Neighbours]  # of (queries, training images), rows as kept
     note: str
-    vectors: Callable[[np.ndarray], np.ndarray] = neighbours.standardise  # of such rows: what correlates, standardised
+    keep: Callable[[np.ndarray], np.ndarray] = neighbours.standardise  # rows as `embed` gives them -> as they are kept
+    vectors: Callable[[np.ndarray], np.ndarray] = lambda rows: rows  # what correlates of rows as kept, standardised
+    slow: bool = False  # measured on `audit.slow_images` of each set only
 
 
 class Measured(NamedTuple):
     """What a space says: the nearest training image of each synthetic one, and scores of unseen and planted images."""
 
-    hits: neighbours.Neighbours
+    hits: neighbours.Neighbours  # indices are of the rows of the training images, some or all
     null_M: np.ndarray
     planted: Sequence[controls.Planted] | None  # None where no copies can be planted: vectors made elsewhere
 
@@ -52,6 +53,7 @@ def chosen(
     untrained: Callable[[jax.Array], jax.Array],
     ssim: Callable[[jax.Array, jax.Array], jax.Array],
     latents: Callable[[jax.Array], jax.Array] | None,
+    bf16: bool = False,
 ) -> dict[str, Space]:
     """The spaces of these names, of NAMES; ValueError for another.
 
@@ -59,34 +61,45 @@ def chosen(
       trained: embeddings of the copy detector, None where the verdict rests on them alone. untrained: before it learned
         anything. ssim: structural similarity, (B, *S, C) twice -> (B,).
       latents: an autoencoder's, images -> (B, D); None where there is no autoencoder, and then no such space.
+      bf16: see `neighbours.nearest`.
     """
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"config.audit.spaces: no space {unknown[0]!r}; use {', '.join(NAMES)}")
+    vectors = functools.partial(by_correlation, bf16=bf16)
+    pairs = functools.partial(by_pairs, image_shape=image_shape, bf16=bf16)
     make = {
-        "untrained": lambda name: by_correlation(untrained, "the copy detector before any training"),
-        "pixels": lambda name: by_correlation(views.pixels, "Pearson correlation of pixels"),
-        "shifted pixels": lambda name: by_pairs(shifted_correlation(image_shape), image_shape, name, flips=True),
-        "SSIM": lambda name: by_pairs(ssim, image_shape, name, flips=False),
+        "untrained": lambda name: vectors(untrained, "the copy detector before any training"),
+        "pixels": lambda name: vectors(views.pixels, "Pearson correlation of pixels"),
+        "shifted pixels": lambda name: pairs(shifted_correlation(image_shape), name=name, flips=True),
+        "SSIM": lambda name: pairs(ssim, name=name, flips=False),
     }
     if trained:
-        make["detector alone"] = lambda name: by_correlation(trained, "the copy detector without registration")
+        make["detector alone"] = lambda name: vectors(trained, "the copy detector without registration")
     if latents:
-        make["latents"] = lambda name: by_correlation(latents, "the autoencoder's latents")
+        make["latents"] = lambda name: vectors(latents, "the autoencoder's latents")
     return {name: make[name](name) for name in names if name in make}
 
 
-def by_correlation(embed: Callable[[jax.Array], jax.Array], note: str = "Pearson correlation of vectors") -> Space:
+def by_correlation(
+    embed: Callable[[jax.Array], jax.Array], note: str = "Pearson correlation of vectors", *, bf16: bool = False
+) -> Space:
     """A space of vectors: a detector, trained or not; an autoencoder's latents; pixels (`views.pixels`)."""
-    return Space(embed, correlation, note)
+    return Space(embed, lambda query_QxD, train_NxD: nearest(query_QxD, train_NxD, 1, bf16), note)
 
 
-def correlation(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
-    """The training image whose vector correlates most with each query's."""
-    return neighbours.nearest(neighbours.standardise(query_QxD), neighbours.standardise(train_NxD))
+def nearest(query_QxD: np.ndarray, train_NxD: np.ndarray, k: int, bf16: bool) -> neighbours.Neighbours:
+    """`neighbours.nearest`; a long search keeps what is done beside the file of the training images' rows."""
+    source = train_NxD.source if isinstance(train_NxD, neighbours.Rows) else train_NxD
+    keep = Path(source.filename).parent if isinstance(source, np.memmap) and source.filename else None
+    return neighbours.nearest(query_QxD, train_NxD, k=k, bf16=bf16, keep=keep)
 
 
 def registered(
-    embed: Callable[[jax.Array], jax.Array], image_shape: tuple[int, ...], candidates: int, batch: int = 512
+    embed: Callable[[jax.Array], jax.Array],
+    image_shape: tuple[int, ...],
+    candidates: int,
+    batch: int = 512,
+    bf16: bool = False,
 ) -> Space:
     """The space of the verdict: embeddings and spectra find candidates, and laying one image over the other decides.
 
@@ -94,21 +107,28 @@ def registered(
     (`registration.correlation`), the query as it is or mirrored along the last axis. Half of the candidates correlate
     most with it by embeddings, half by `registration.spectra`, which holds up where the detector learned little. With no
     candidates, it is the correlation of embeddings alone.
+
+    A row is an embedding, a spectrum (see `_waves`), and the flat look of the image, which is registered.
     """
     if not candidates:
-        return by_correlation(embed, "the trained copy detector; decides")
+        return by_correlation(embed, "the trained copy detector; decides", bf16=bf16)
     shape = registration.shape(image_shape[:-1])
-    wide = math.prod(shape)
-    vectors = lambda rows: neighbours.standardise(rows[:, :-wide])
+    waves, wide = math.prod(_waves(shape)), math.prod(shape)
+    vectors = lambda rows: rows[:, : -waves - wide]
 
     def rows(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([embed(x), registration.looks(x).reshape(len(x), -1)], 1)
+        looks = registration.looks(x)
+        return jnp.concatenate([embed(x), registration.spectra(looks), looks.reshape(len(x), -1)], 1)
+
+    def keep(rows: np.ndarray) -> np.ndarray:
+        spectra = neighbours.standardise(rows[:, -waves - wide : -wide])
+        return np.concatenate([neighbours.standardise(vectors(rows)), spectra, rows[:, -wide:]], 1)
 
     def search(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
         count = min(candidates, len(train_NxD))
-        picks = [neighbours.nearest(vectors(query_QxD), vectors(train_NxD), k=count - count // 2).index]
+        picks = [nearest(vectors(query_QxD), vectors(train_NxD), count - count // 2, bf16).index]
         if count > 1:
-            picks.append(alike(query_QxD, train_NxD, shape, count // 2))
+            picks.append(alike(query_QxD, train_NxD, shape, count // 2, bf16))
         pick_Qxc = np.concatenate(picks, 1)
         return _best(overlaid(query_QxD, train_NxD, pick_Qxc, shape, batch), pick_Qxc)
 
@@ -116,17 +136,24 @@ def registered(
         f"correlation after registration, of each image's {candidates} candidates, half by the trained copy detector and "
         "half by their spectra; decides"
     )
-    return Space(jax.jit(rows), search, note, vectors)
+    return Space(jax.jit(rows), search, note, keep, vectors)
 
 
-def alike(query_QxD: np.ndarray, train_NxD: np.ndarray, shape: tuple[int, ...], count: int) -> np.ndarray:
+def alike(
+    query_QxD: np.ndarray, train_NxD: np.ndarray, shape: tuple[int, ...], count: int, bf16: bool = False
+) -> np.ndarray:
     """Indices (Q, count) of the training images whose spectra correlate most with the query's, as it is or mirrored.
 
-    Rows end as those of `overlaid`.
+    Rows end in a standardised spectrum and a look, as those of `registered`. The spectrum of a mirrored look is that of
+    the look with the signs of all frequencies turned but those of the last axis.
     """
-    spectra = lambda rows, flip: neighbours.standardise(_by_batch(_spectra(shape, flip), rows, 512))
-    train = spectra(train_NxD, False)
-    found = [neighbours.nearest(spectra(query_QxD, flip), train, k=count) for flip in (False, True)]
+    waves = _waves(shape)
+    turned = np.arange(math.prod(waves)).reshape(waves)[
+        np.ix_(*(-np.arange(n) % n for n in waves[:-1]), range(waves[-1]))
+    ]
+    spectra = lambda rows: rows[:, -math.prod(waves) - math.prod(shape) : -math.prod(shape)]
+    mirrored = neighbours.Rows(spectra(query_QxD), lambda rows: rows[:, turned.ravel()], turned.size)
+    found = [nearest(query, spectra(train_NxD), count, bf16) for query in (spectra(query_QxD), mirrored)]
     sim_Qxc, index_Qxc = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
     best_first = np.argsort(-sim_Qxc, axis=1, kind="stable")
     index_Qxc = np.take_along_axis(index_Qxc, best_first, 1)
@@ -134,13 +161,10 @@ def alike(query_QxD: np.ndarray, train_NxD: np.ndarray, shape: tuple[int, ...], 
     return np.take_along_axis(index_Qxc, np.argsort(again, axis=1, kind="stable")[:, :count], 1)
 
 
-@functools.cache
-def _spectra(shape: tuple[int, ...], flip: bool) -> Callable[[jax.Array], jax.Array]:
-    def of(rows: jax.Array) -> jax.Array:
-        looks = rows[:, -math.prod(shape) :].reshape(-1, *shape)
-        return registration.spectra(jnp.flip(looks, -1) if flip else looks)
-
-    return jax.jit(of)
+def _waves(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Frequencies an axis of the spectrum of a look of `shape`: both signs of each, of the last axis one."""
+    most = [n // 3 for n in shape]
+    return (*(2 * m + 1 for m in most[:-1]), most[-1] + 1)
 
 
 def overlaid(
@@ -179,27 +203,39 @@ def by_pairs(
     flips: bool,
     candidates: int = CANDIDATES,
     batch: int = 256,
+    bf16: bool = False,
 ) -> Space:
     """A space of a score of two images, (B, *S, C) twice -> (B,), say SSIM.
 
     Too slow for all pairs, so it is measured on `candidates` training images per query, those that correlate most with
     it in coarse block averages, and as many for its mirror image where `flips`. The most similar by score of all may be
     another: the score found is then a little low. Images of over 16,384 pixels are compared as block averages.
+
+    A row is the coarse image, that of the mirror image where `flips`, and the flat image.
     """
-    shape = _shrunk_shape(image_shape)
-    measure = jax.jit(lambda pair: score(pair[:, 0], pair[:, 1]))
-    coarse = jax.jit(lambda x: views.pixels(x, COARSE))
+    shape = _averaged_shape(image_shape)
+    wide, versions = math.prod(shape), 1 + flips
+    coarse = math.prod(_averaged_shape(shape, COARSE))
+    at = [slice(i * coarse, (i + 1) * coarse) for i in range(versions)]
+
+    @jax.jit
+    def measure(pairs):
+        return score(*(pairs[:, i, -wide:].reshape(-1, *shape) for i in range(2)))
+
+    def rows(x: jax.Array) -> jax.Array:
+        x = views.averaged(x, MOST_PIXELS)
+        blocks = [views.pixels(version, COARSE) for version in (x, jnp.flip(x, -2))[:versions]]
+        return jnp.concatenate([*blocks, x.reshape(len(x), -1)], 1)
+
+    def keep(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([*(neighbours.standardise(rows[:, part]) for part in at), rows[:, -wide:]], 1)
 
     def search(query_QxD: np.ndarray, train_NxD: np.ndarray) -> neighbours.Neighbours:
-        images = lambda x: np.asarray(x).reshape(-1, *shape)
-        blocks = lambda x: neighbours.standardise(_by_batch(coarse, images(x), batch))
-        versions = [query_QxD] + [images(query_QxD)[..., ::-1, :]] * flips
         count = min(candidates, len(train_NxD))
         pick_Qxc = np.concatenate(
-            [neighbours.nearest(blocks(v), blocks(train_NxD), k=count).index for v in versions], 1
+            [nearest(query_QxD[:, part], train_NxD[:, at[0]], count, bf16).index for part in at], 1
         )
-        query, train = images(query_QxD), images(train_NxD)
-        sim_Qxc = _by_batch(measure, _Pairs(query, train, pick_Qxc), batch).reshape(pick_Qxc.shape)
+        sim_Qxc = _by_batch(measure, _Pairs(query_QxD, train_NxD, pick_Qxc), batch).reshape(pick_Qxc.shape)
         if not np.isfinite(sim_Qxc).all():
             raise ValueError(f"{name}: a score is not finite")
         return _best(sim_Qxc, pick_Qxc)
@@ -209,7 +245,7 @@ def by_pairs(
     note = (
         f"{name}, exact on the {candidates} training images that correlate most in coarse block averages{way}{averaged}"
     )
-    return Space(lambda x: shrunk(x).reshape(len(x), -1), search, note)
+    return Space(jax.jit(rows), search, note, keep, lambda rows: rows[:, at[0]], slow=True)
 
 
 def shifted_correlation(
@@ -223,7 +259,7 @@ def shifted_correlation(
     Returns:
       function (B, *S, C) twice -> (B,) in [-1, 1]; a window without any variation counts as 0.
     """
-    size = _shrunk_shape(image_shape)[:-1]
+    size = _averaged_shape(image_shape)[:-1]
     reach = tuple(round(shift * n) for n in size)
     middle = np.zeros((1, *size, 1), np.float32)
     middle[(slice(None), *(slice(r, n - r) for r, n in zip(reach, size, strict=True)))] = 1
@@ -252,48 +288,21 @@ def shifted_correlation(
     return jax.jit(lambda a, b: jnp.clip(jnp.maximum(best(a, b), best(jnp.flip(a, -2), b)), -1, 1))
 
 
-def shrunk(x: jax.Array, most: int = MOST_PIXELS) -> jax.Array:
-    """Images (B, *S, C) averaged in the smallest equal blocks that leave at most about `most` pixels."""
-    size, block = x.shape[1:-1], 1
-    while np.prod([-(-n // block) for n in size]) > most:
-        block += 1
-    window = (1, *(min(block, n) for n in size), 1)
-    return x if block == 1 else jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID") / np.prod(window)
+def _averaged_shape(image_shape: tuple[int, ...], most: int = MOST_PIXELS) -> tuple[int, ...]:
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda x: views.averaged(x, most), images).shape[1:]
 
 
-def _shrunk_shape(image_shape: tuple[int, ...]) -> tuple[int, ...]:
-    return jax.eval_shape(shrunk, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)).shape[1:]
-
-
-def measured(
-    space: Space,
-    sets: Mapping[str, tuple[Sequence, Callable[[jax.Array], jax.Array]]],
-    plants: controls.Plants,
-    chosen_Q: np.ndarray,
-    *,
-    in_order: Callable[..., Iterator],
-    batch: int,
-    seed: int,
-) -> Measured:
+def measured(space: Space, rows: Mapping[str, np.ndarray], copies_PxD: np.ndarray, plants: controls.Plants) -> Measured:
     """Scores of all sets in a space.
 
     Args:
-      sets: 'train', 'val' and 'synthetic' -> (images, the view of them; see `views.like_for_like`).
-      plants, chosen_Q: see `controls.plant`; they are rendered as the training images are.
+      rows: of 'train', 'val' and 'synthetic', and copies_PxD of planted copies of all kinds of `plants`, as kept (see
+        `embeddings`).
     """
-    vectors = {}
-    for name, (images, view) in sets.items():
-        with log.progress(f"space: {name}", len(images), unit="image") as bar:
-            parts = []
-            for part in mesh.stream(lambda x, view=view: space.embed(view(x)), in_order(images, batch)):
-                parts.append(part)
-                bar.update(len(part))
-        vectors[name] = np.concatenate(parts)
-    train, view = sets["train"]
-    planting = {"embed": space.embed, "view": view, "in_order": in_order, "batch": batch, "seed": seed}
-    search = functools.partial(space.search, train_NxD=vectors["train"])
-    planted = controls.plant(plants, train, chosen_Q, search, **planting)
-    return Measured(search(vectors["synthetic"]), search(vectors["val"]).sim[:, 0], planted)
+    search = functools.partial(space.search, train_NxD=rows["train"])
+    planted = controls.planted(plants, search(copies_PxD))
+    return Measured(search(rows["synthetic"]), search(rows["val"]).sim[:, 0], planted)
 
 
 def given(vectors: Mapping[str, np.ndarray]) -> Measured:
@@ -301,8 +310,9 @@ def given(vectors: Mapping[str, np.ndarray]) -> Measured:
 
     Nothing is known of how they were made, so no copies can be planted and nothing is rendered alike.
     """
-    search = functools.partial(correlation, train_NxD=vectors["train"])
-    return Measured(search(vectors["synthetic"]), search(vectors["val"]).sim[:, 0], None)
+    rows = {name: neighbours.standardise(vectors[name]) for name in ("train", "val", "synthetic")}
+    search = functools.partial(neighbours.nearest, key_MxD=rows["train"])
+    return Measured(search(rows["synthetic"]), search(rows["val"]).sim[:, 0], None)
 
 
 def section(

@@ -1,17 +1,14 @@
-"""How each set is rendered before it is compared, and its embeddings, computed once and kept."""
+"""How each set is rendered before it is compared, and its pixels as vectors."""
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from detection import rendering
-from launch import log, mesh, stage
+from launch import mesh
 
 
 class Views(NamedTuple):
@@ -68,51 +65,18 @@ def fingerprint(images: Sequence, in_order: Callable[..., Iterator], batch: int)
     return digest.hexdigest()
 
 
-def embedder(
-    embed: Callable[[jax.Array], jax.Array], in_order: Callable[..., Iterator], batch: int, cache: Path
-) -> Callable[..., np.ndarray]:
-    """A function `(images, view, name, content) -> (n, D)`: what the images, as `view` renders them, are embedded to.
-
-    It is kept in the folder `cache` under the hash of the images' content (`fingerprint`) and of what the first batch is
-    embedded to, which tells the weights of the detector and of the view apart; the next audit reads it. The result is a
-    memory map.
-    """
-
-    def embeddings(images: Sequence, view: Callable, name: str, content: str) -> np.ndarray:
-        path, aside = None, cache / f".{name}.aside"
-        with log.progress(f"embedding {name}", len(images), unit="image") as bar, contextlib.ExitStack() as files:
-            for part in mesh.stream(lambda x: embed(view(x)), in_order(images, batch)):
-                if path is None:
-                    key = hashlib.sha256(f"{content} {part.shape}".encode() + part.astype(np.float16).tobytes())
-                    path = cache / f"{key.hexdigest()[:32]}.npy"
-                    if path.exists():
-                        aside = None
-                        break
-                    if jax.process_index() == 0:  # written, not mapped: a full disk is then an error and not a crash
-                        cache.mkdir(parents=True, exist_ok=True)
-                        file = files.enter_context(open(aside, "wb"))
-                        header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), part.shape[1])}
-                        np.lib.format.write_array_header_1_0(file, header)
-                if jax.process_index() == 0:
-                    file.write(np.ascontiguousarray(part, "<f4"))
-                bar.update(len(part))
-        if aside and jax.process_index() == 0:
-            os.replace(aside, path)
-        stage.barrier(f"embeddings {name}")
-        return np.load(path, mmap_mode="r")
-
-    return embeddings
-
-
 def pixels(x: jax.Array, most: int = 4096) -> jax.Array:
     """Images (B, *S, C) as vectors of pixels, (B, at most about `most`): averaged in blocks where there are more.
 
     Their Pearson correlation is the plain pixel correlation (of the block averages).
     """
-    size = x.shape[1:-1]
-    block = 1
+    return averaged(x, most).reshape(len(x), -1)
+
+
+def averaged(x: jax.Array, most: int) -> jax.Array:
+    """Images (B, *S, C) averaged in the smallest equal blocks that leave at most about `most` pixels."""
+    size, block = x.shape[1:-1], 1
     while np.prod([-(-n // block) for n in size]) > most:
         block += 1
-    window = tuple(min(block, n) for n in size)
-    summed = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, *window, 1), (1, *window, 1), "VALID")
-    return summed.reshape(len(x), -1)
+    window = (1, *(min(block, n) for n in size), 1)
+    return x if block == 1 else jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID") / np.prod(window)

@@ -41,7 +41,7 @@ def sets():
 def run(sets, synthetic, folder, **other):
     settings = dict(
         render=None, plants=PLANTS, again=None, others={}, losses=None, levels=(), described={}, redact=False, source=folder / "source", in_order=data.in_order, folder=folder / "audit",
-        caveats=[], policy=POLICY, release_to=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, batch=32, seed=0,
+        caveats=[], policy=POLICY, release_to=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, slow_images=2000, batch=32, seed=0,
     )  # fmt: skip
     space = other.pop("space", spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=8))
     return audit(space, sets, named(synthetic, "syn"), **settings | other)
@@ -150,6 +150,18 @@ def test_embeddings_are_computed_once(sets, tmp_path):
     assert len(seen) < first
     stale = run(sets, people(3, 60), tmp_path, space=spaces.by_correlation(lambda x: views.pixels(x[:, ::2])))
     assert stale["histogram"] != one["histogram"], "another detector's embeddings are not taken for this one's"
+
+
+def test_slow_spaces_and_baselines_say_what_they_are_of(sets, tmp_path):
+    error = lambda a, b: -((a - b) ** 2).mean((1, 2, 3))
+    others = {"pixels": spaces.by_correlation(views.pixels)}
+    others["error"] = spaces.by_pairs(error, (SIZE, SIZE, 1), "error", flips=False)
+    result = run(sets, sets["train"].images[:50], tmp_path, others=others, planted=20, slow_images=30)
+    assert "30 of 60 train, 30 of 150 val, 30 of 50 synthetic" in result["spaces"]["error"]["note"]
+    assert result["spaces"]["error"]["auc"] > 0.99 and "30 of" not in result["spaces"]["pixels"]["note"]
+    assert result["spaces"]["pixels"]["n_flagged"] == 50 > 30 >= result["spaces"]["error"]["n_flagged"]
+    assert result["baselines"]["d1_d2"]["rate"] == result["baselines"]["detector"]["d1_d2"]["rate"] == 1
+    assert "latents" not in result["baselines"]
 
 
 BASE = {

@@ -1,16 +1,20 @@
 """Neighbour search against brute force in numpy, for every block size, and against its own error bound."""
 
+import functools
+import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
-from detection import neighbours
+from detection import neighbours, tiles
 from detection.neighbours import count_above, nearest, standardise
+from launch import mesh
 
 SIZES = dict(
     seed=st.integers(0, 2**31),
@@ -86,7 +90,7 @@ def test_long_rows_keep_the_error_bound():
     # binary images make the float32 sums drift in one direction, the worst case of the bound
     rng = np.random.default_rng(0)
     query, key = (standardise(rng.integers(0, 2, (n, 5000))) for n in (20, 500))
-    product = np.asarray(neighbours._products(query, key), np.float64)
+    product = np.asarray(tiles.products(query, key), np.float64)
     exact = query.astype(np.float64) @ key.astype(np.float64).T
     assert (np.abs(product - exact) <= neighbours._error(query, 1.0)[:, None]).all()
     np.testing.assert_array_equal(nearest(query, key, k=3).index, brute(query, key, 3)[1])
@@ -110,7 +114,7 @@ def test_a_blank_image_is_similar_to_nothing():
 
 
 def test_memory_maps_are_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "_RESIDENT", 0)
+    monkeypatch.setitem(tiles._RESIDENT, True, 0)
     query, key = rows(0, 30, 8), rows(1, 3000, 8)
     np.save(tmp_path / "key.npy", key)
     mapped = np.load(tmp_path / "key.npy", mmap_mode="r")
@@ -118,10 +122,81 @@ def test_memory_maps_are_streamed(tmp_path, monkeypatch):
 
 
 def test_one_compile_for_all_blocks():
-    neighbours._keep_tiles.clear_cache()  # traced again below: 2 calls over queries, 5 over keys
+    tiles.keep.clear_cache()  # traced again below: 2 calls over queries, 5 over keys
     query, key = rows(0, 1000, 8), rows(1, 5000, 8)
     nearest(query, key, block=(64, 128))
-    assert neighbours._keep_tiles._cache_size() == 1
+    assert tiles.keep._cache_size() == 1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "spatial"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (8, 1, 1), (8, 4, 2)]
+)
+def test_the_mesh_does_not_matter(mesh_of, devices, fsdp, spatial, bf16):
+    """Ties too: most keys are there several times, and a query is one of them."""
+    query, key = rows(0, 203, 24), rows(1, 3001, 24, copies=3)
+    query[:50] = key[:50]
+    expected_sim, expected_index = brute(query, key, 4)
+    tau = float(expected_sim[60, 2])
+    with jax.set_mesh(mesh.make(fsdp, spatial, devices=jax.devices()[:devices])):
+        for block in (None, (16, 64), (50, 1000)):
+            sim, index = nearest(query, key, k=4, block=block, bf16=bf16)
+            np.testing.assert_array_equal(index, expected_index)
+            np.testing.assert_array_equal(sim, expected_sim)
+            np.testing.assert_array_equal(
+                count_above(query, key, tau, block=block), (brute(query, key, 3001)[0] > tau).sum(1)
+            )
+
+
+@pytest.fixture
+def mesh_of():
+    """Asks for no mesh but the test's own."""
+
+
+def test_bf16_products_keep_their_error_bound():
+    query, key = rows(0, 50, 128), rows(1, 400, 128)
+    key[0] = query[0] = np.float32(1 / 128 + 2**-16) * 11.3  # rounds down in every place, the worst case
+    error = np.abs(
+        np.asarray(tiles.products(query, key, bf16=True)) - query.astype(np.float64) @ key.T.astype(np.float64)
+    )
+    bound = neighbours._error(query, float(neighbours._norms(key).max()), bf16=True)
+    assert (error <= bound[:, None]).all() and error.max() > 1e-3
+
+
+def test_rows_made_when_read_are_searched_as_they_are():
+    query, key = rows(0, 70, 8), rows(1, 900, 8)
+    turned = lambda x: neighbours.Rows(x[:, ::-1], lambda part: part[:, ::-1], 8)
+    np.testing.assert_array_equal(
+        nearest(turned(query), turned(key), k=3, block=(16, 64)).index, brute(query, key, 3)[1]
+    )
+
+
+def test_a_search_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "_LONG", 0)
+    monkeypatch.setitem(tiles._BLOCKS, True, (1, 1))
+    query, key = rows(0, 300, 8), rows(1, 500, 8)
+    look_into, seen = neighbours._look_into, []
+
+    def stopped(*args):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(args)
+        return look_into(*args)
+
+    monkeypatch.setattr(neighbours, "_look_into", stopped)
+    search = functools.partial(nearest, k=2, block=(5, 64), keep=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        search(query, key)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 4
+    monkeypatch.setattr(neighbours, "_look_into", lambda *args: seen.append(args) or look_into(*args))
+    other = search(query, rows(2, 500, 8))
+    np.testing.assert_array_equal(other.index, brute(query, rows(2, 500, 8), 2)[1])
+    assert sorted(tmp_path.iterdir()) == kept, "what another search kept is not this one's"
+    groups = len(seen) - 4
+    seen.clear()
+    np.testing.assert_array_equal(search(query, key).index, brute(query, key, 2)[1])
+    assert len(seen) == groups - 4 > 0 and not list(tmp_path.iterdir())
 
 
 def test_bad_input_is_one_clear_error():
@@ -139,6 +214,47 @@ def test_bad_input_is_one_clear_error():
     with pytest.raises(ValueError, match="not a similarity"):
         count_above(x, x, np.nan)
     assert nearest(x[:0], x, k=2).sim.shape == (0, 2) and count_above(x[:0], x, 0.5).shape == (0,)
+
+
+def test_as_on_an_accelerator(monkeypatch):
+    """Its blocks: all keys and many queries a call."""
+    monkeypatch.setattr(tiles, "_cpu", lambda: False)
+    query, key = rows(0, 9000, 4), rows(1, 70_000, 4)
+    assert tiles.plan(9000, 70_000, 4, None, None)[:2] == (4500, 9000)
+    for bf16 in (False, True):
+        found = nearest(query, key, k=2, bf16=bf16)
+        np.testing.assert_array_equal(found.index[::100], brute(query[::100], key, 2)[1])
+
+
+PROCESS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
+import numpy as np
+from detection import neighbours
+from launch import mesh
+rng = np.random.default_rng(0)
+query, key = (neighbours.standardise(rng.standard_normal((n, 12))) for n in (101, 900))
+key[500:] = key[:400]
+sim = (query.astype(np.float64) @ key.T.astype(np.float64)).astype(np.float32)
+for fsdp in (1, 2, 4):
+    with jax.set_mesh(mesh.make(fsdp)):
+        for bf16 in (False, True):
+            found = neighbours.nearest(query, key, k=12, block=(8, 64), bf16=bf16)
+            assert (found.index == np.argsort(-sim, 1, kind="stable")[:, :12]).all(), (fsdp, bf16)
+        assert (neighbours.count_above(query, key, 0.5) == (sim > 0.5).sum(1)).all()
+print("agrees")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    start = lambda i: subprocess.Popen([sys.executable, "-c", PROCESS, str(i), port], stdout=subprocess.PIPE, text=True)
+    children = [start(i) for i in range(2)]
+    assert ["agrees" in child.communicate(timeout=600)[0] for child in children] == [True, True]
 
 
 @pytest.mark.slow

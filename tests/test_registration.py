@@ -68,8 +68,9 @@ def test_candidates_are_registered_and_mirrored_copies_found():
     query = np.concatenate([moved(train[:6], 4), moved(train[6:12], 5)[:, :, ::-1]])
     embed = lambda x: views.pixels(x) + views.pixels(x[:, :, ::-1])  # sees a mirrored image as its original
     space = spaces.registered(embed, (64, 64, 1), candidates=40, batch=48)
-    rows = np.asarray(space.embed(train))
-    found = space.search(np.asarray(space.embed(query)), rows)
+    rows_of = lambda space, x: space.keep(np.asarray(space.embed(x)))
+    rows = rows_of(space, train)
+    found = space.search(rows_of(space, query), rows)
     np.testing.assert_array_equal(found.index[:, 0], np.arange(12))
     np.testing.assert_allclose(space.vectors(rows), neighbours.standardise(np.asarray(embed(train))), atol=1e-6)
     itself = space.search(rows, rows)
@@ -77,8 +78,8 @@ def test_candidates_are_registered_and_mirrored_copies_found():
     assert (itself.sim > 0.9999).all() and itself.sim.shape == (40, 1)
     alone = spaces.registered(embed, (64, 64, 1), candidates=0)
     np.testing.assert_array_equal(
-        alone.search(np.asarray(alone.embed(query)), np.asarray(alone.embed(train))).sim,
-        spaces.correlation(np.asarray(embed(query)), np.asarray(embed(train))).sim,
+        alone.search(rows_of(alone, query), rows_of(alone, train)).sim,
+        neighbours.nearest(*(neighbours.standardise(np.asarray(embed(x))) for x in (query, train))).sim,
     )
 
 
@@ -88,13 +89,31 @@ def test_spectra_forgive_shifts_and_find_what_an_embedding_does_not(size):
     query = np.concatenate([moved(train[:10], 7), moved(train[10:20], 8)[..., ::-1, :]])
     blind = lambda x: x.reshape(len(x), -1)[:, :5]  # a corner: it says nothing of the rest
     space = spaces.registered(blind, (*size, 1), candidates=8)
-    rows, asked = np.asarray(space.embed(train)), np.asarray(space.embed(query))
+    rows, asked = (space.keep(np.asarray(space.embed(x))) for x in (train, query))
     found = spaces.alike(asked, rows, registration.shape(size), 4)
     assert found.shape == (20, 4) and all(len(set(row)) == 4 for row in found), "each once, however it was found"
     assert np.mean([i in row for i, row in enumerate(found)]) >= 0.9
     assert np.mean(space.search(asked, rows).index[:, 0] == np.arange(20)) >= 0.9
     near = neighbours.nearest(space.vectors(asked), space.vectors(rows), k=8).index
     assert np.mean([i in row for i, row in enumerate(near)]) < 0.5, "the embedding alone would not do"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_spectrum_of_a_mirrored_image_is_that_of_the_image_turned(size):
+    train = people(9, 30, size)
+    shape, picked = registration.shape(size), []
+    space = spaces.registered(lambda x: x.reshape(len(x), -1)[:, :5], (*size, 1), candidates=8)
+    rows, asked = (space.keep(np.asarray(space.embed(x))) for x in (train, train[:4, ..., ::-1, :]))
+    flat = lambda rows: neighbours.standardise(
+        np.asarray(registration.spectra(rows[:, -np.prod(shape) :].reshape(-1, *shape)))
+    )
+    for flip in (False, True):
+        looks = asked[:, -np.prod(shape) :].reshape(-1, *shape)
+        spectra = np.asarray(registration.spectra(looks[..., ::-1] if flip else looks))
+        picked.append(neighbours.nearest(neighbours.standardise(spectra), flat(rows), k=4))
+    best = np.where(picked[0].sim[:, 0] >= picked[1].sim[:, 0], picked[0].index[:, 0], picked[1].index[:, 0])
+    np.testing.assert_array_equal(spaces.alike(asked, rows, shape, 4)[:, 0], best)
+    np.testing.assert_array_equal(best, np.arange(4))
 
 
 def test_spectra_of_a_shift_within_empty_borders_are_those_of_the_image():

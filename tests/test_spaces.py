@@ -1,6 +1,7 @@
 """Similarity spaces: pair scores by brute force, candidates, what is said of a space, on eight devices."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from sklearn import metrics
 
 from data import augment, copies
 from data import in_order as ordered
-from detection import controls, detector, neighbours, roc, spaces, views
+from detection import controls, detector, embeddings, neighbours, roc, spaces, views
 from ldm import similarity
 
 
@@ -26,6 +27,10 @@ def smooth(rng, n, size=(16, 16), channels=1):
     x = jnp.asarray(rng.standard_normal((n, *size, channels)), jnp.float32)
     x = np.asarray(augment.blur(x, 1.5))
     return (x / np.abs(x).max(tuple(range(1, x.ndim)), keepdims=True)).astype(np.float32)
+
+
+def rows_of(space, images):
+    return space.keep(np.asarray(space.embed(jnp.asarray(images))))
 
 
 def best_window(a, b, reach):
@@ -67,7 +72,7 @@ def test_with_all_candidates_the_search_is_brute_force(flips):
     query[3] = train[8]
     train[20] = train[8]  # equal scores go to the smaller index
     space = spaces.by_pairs(similarity.ssim, (16, 16, 1), "SSIM", flips=flips, candidates=30, batch=64)
-    found = space.search(space.embed(jnp.asarray(query)), space.embed(jnp.asarray(train)))
+    found = space.search(rows_of(space, query), rows_of(space, train))
     all_QxN = np.stack([similarity.ssim(np.repeat(q[None], 30, 0), train) for q in query])
     np.testing.assert_array_equal(found.index[:, 0], all_QxN.argmax(1))
     np.testing.assert_allclose(found.sim[:, 0], all_QxN.max(1), rtol=1e-5)
@@ -81,15 +86,16 @@ def test_few_candidates_are_enough_for_shifted_and_mirrored_copies():
     moved[::2] = moved[::2, :, ::-1]
     score = spaces.shifted_correlation((32, 32, 1))
     space = spaces.by_pairs(score, (32, 32, 1), "shifted pixel correlation", flips=True, candidates=8)
-    found = space.search(np.asarray(space.embed(moved)), np.asarray(space.embed(train)))
+    found = space.search(rows_of(space, moved), rows_of(space, train))
     assert (found.index[:, 0] == np.arange(40)).mean() > 0.95 and np.median(found.sim) > 0.98
-    plain = spaces.correlation(np.asarray(views.pixels(moved)), np.asarray(views.pixels(train)))
+    pixels = spaces.by_correlation(views.pixels)
+    plain = pixels.search(rows_of(pixels, moved), rows_of(pixels, train))
     assert (plain.index[:, 0] == np.arange(40))[::2].mean() < 0.2, "which aligned correlation does not see"
 
 
 def test_large_images_are_averaged_in_blocks_and_it_is_said():
     x = np.random.default_rng(4).standard_normal((2, 256, 256, 1)).astype(np.float32)
-    small = spaces.shrunk(jnp.asarray(x))
+    small = views.averaged(jnp.asarray(x), 2**14)
     np.testing.assert_allclose(small, x.reshape(2, 128, 2, 128, 2, 1).mean((2, 4)), atol=1e-6)
     assert (
         "block averages of size (128, 128)" in spaces.by_pairs(similarity.ssim, (256, 256, 1), "SSIM", flips=False).note
@@ -137,7 +143,8 @@ def test_spaces_measured_alike_on_eight_devices(tmp_path):
     plants = {k: v for k, v in copies.grid().items() if k[0] in ("identity", "flip")}
     chosen = controls.choose(np.arange(60), 24, 0)
     double = lambda x: 2 * x  # a view: correlations do not change, vectors do
-    sets = {"train": (train, double), "val": (val, double), "synthetic": (syn, double)}
+    sets = {name: SimpleNamespace(images=x) for name, x in (("train", train), ("val", val), ("synthetic", syn))}
+    how = {"in_order": in_order, "batch": 16}
     model = detector.build(
         (16, 16, 1),
         tmp_path,
@@ -152,12 +159,17 @@ def test_spaces_measured_alike_on_eight_devices(tmp_path):
     )
     shifted = spaces.shifted_correlation((16, 16, 1))
     found = {}
-    for name, space in {
+    examined = {
         "pixels": spaces.by_correlation(views.pixels),
         "untrained": spaces.by_correlation(detector.untrained(model, jax.random.key(0))),
         "shifted": spaces.by_pairs(shifted, (16, 16, 1), "shifted pixel correlation", flips=True),
-    }.items():
-        what = spaces.measured(space, sets, plants, chosen, in_order=in_order, batch=16, seed=0)
+    }
+    content = {name: views.fingerprint(x.images, **how) for name, x in sets.items()}
+    view = dict.fromkeys(sets, double)
+    rows = embeddings.of_sets(examined, {}, sets, {}, view, content, **how, cache=tmp_path / "kept")
+    copied = embeddings.of_copies(examined, plants, train[chosen], double, seed=0, **how)
+    for name, space in examined.items():
+        what = spaces.measured(space, rows[name], copied[name], plants)
         identity, flip = what.planted
         np.testing.assert_allclose(identity.sim_Q, 1, atol=1e-4)
         np.testing.assert_array_equal(identity.nearest_Q, chosen)
@@ -168,6 +180,19 @@ def test_spaces_measured_alike_on_eight_devices(tmp_path):
     assert found["pixels"]["flip"] < 0.3 and found["shifted"]["flip"] == 1
     assert found["shifted"]["auc"] > 0.99 > found["pixels"]["auc"] + 0.1
     assert found["shifted"]["agreement"] > 0.8 and found["pixels"]["agreement"] > 0.8
+
+
+def test_a_long_search_keeps_what_is_done_beside_the_rows(tmp_path, monkeypatch):
+    rng, write, seen = np.random.default_rng(9), neighbours._Kept.write, []
+    np.save(tmp_path / "train.npy", neighbours.standardise(rng.standard_normal((70, 9))))
+    train, query = np.load(tmp_path / "train.npy", mmap_mode="r"), rng.standard_normal((20, 9)).astype(np.float32)
+    monkeypatch.setattr(neighbours._Kept, "write", lambda *a: seen.append(a[0].path(a[1]).parent) or write(*a))
+    spaces.nearest(query[:, :4], train[:, :4], 1, False)
+    assert not seen, "not worth it"
+    monkeypatch.setattr(neighbours, "_LONG", 0)
+    found = spaces.nearest(query[:, :4], train[:, :4], 1, False)
+    assert set(seen) == {tmp_path} and [f.name for f in tmp_path.iterdir()] == ["train.npy"]
+    np.testing.assert_array_equal(found.index[:, 0], (query[:, :4] @ train[:, :4].T).argmax(1))
 
 
 def test_the_batches_of_data_will_do():

@@ -19,7 +19,7 @@ import data
 import detection
 import main
 from data import copies
-from detection import calibrate, controls, views
+from detection import calibrate, controls, embeddings, views
 from launch import machine, mesh
 
 DRAWS = 400
@@ -31,18 +31,18 @@ def scores(config, workdir):
     sets = data.load(**config.data.to_dict())
     model = main.train_detector(config, workdir / "detector", sets, purpose=2)
     space = detection.registered(detection.embedder(model), model.image_shape, config.audit.register)
+    how = {"in_order": data.in_order, "batch": config.audit.batch}
     rows = lambda name: np.concatenate(
-        list(mesh.stream(space.embed, data.in_order(sets[name].images, config.audit.batch)))
+        [space.keep(part) for part in mesh.stream(space.embed, data.in_order(sets[name].images, config.audit.batch))]
     )
     gallery = rows("train")
     search = lambda query: space.search(query, gallery)
     unseen = [search(rows(name)).sim[:, 0] for name in ("val", "control")]
     patients = np.concatenate([sets[name].patients for name in ("val", "control")])
     chosen = controls.choose(sets["train"].patients, 128, config.seed)
-    planted = controls.plant(
-        copies.grid(), sets["train"].images, chosen, search, embed=space.embed, view=views.as_it_is,
-        in_order=data.in_order, batch=config.audit.batch, seed=config.seed,
-    )  # fmt: skip
+    copied = embeddings.Some(sets["train"].images, chosen)
+    made = embeddings.of_copies({"": space}, copies.grid(), copied, views.as_it_is, seed=config.seed, **how)
+    planted = controls.planted(copies.grid(), search(made[""]))
     return np.concatenate(unseen), patients, planted
 
 

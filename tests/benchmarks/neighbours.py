@@ -2,7 +2,8 @@
 
 10,000 x 10,000 x 128, the nearest by dot product. `share of the product's rate`: multiplications a second of the whole
 search over those of a square product of 2048, in the same turns. The search of 20,000 in 200,000 runs in a process of its
-own whose largest memory is noted; `python -m tests.benchmarks.neighbours 200000` does 200,000 in 200,000.
+own whose largest memory is noted; `python -m tests.benchmarks.neighbours 200000` does 200,000 in 200,000, and
+`... 1000000 1000000 bf16` a million in a million by products in bfloat16, for an accelerator.
 """
 
 import json
@@ -51,22 +52,22 @@ def start(case: dict) -> tuple[dict, Callable]:
     return {}, lambda: neighbours.nearest(query, key)
 
 
-def peak(queries: int) -> dict:
-    """Time and largest memory of a search among 200,000 keys, and what of the memory was there before it."""
+def peak(queries: int, keys: int = 200_000, bf16: bool = False) -> dict:
+    """Time and largest memory of a search among so many keys, and what of the memory was there before it."""
     import time
 
     from detection import neighbours
 
-    query, key = rows(0, queries), rows(1, 200_000)
+    query, key = rows(0, queries), rows(1, keys)
     neighbours.nearest(query[:64], key[:64])
     size = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     before, begin = size(), time.perf_counter()
-    neighbours.nearest(query, key)
+    neighbours.nearest(query, key, bf16=bf16)
     return {"seconds": round(time.perf_counter() - begin, 1), "peak_MiB": size(), "before_MiB": before}
 
 
 if __name__ == "__main__":
     if sys.argv[1].isdigit():
-        print(json.dumps(peak(int(sys.argv[1]))))
+        print(json.dumps(peak(*map(int, filter(str.isdigit, sys.argv[1:])), bf16="bf16" in sys.argv)))
     else:
         _sides.serve(start)

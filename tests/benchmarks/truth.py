@@ -50,9 +50,9 @@ def run(_):
             "pixels": spaces.by_correlation(views.pixels),
         }.items():
             alike = lambda x, space=space: space.embed(render(x))
-            train = run_over(alike, sets["train"].images)
-            null_M = space.search(run_over(alike, unseen), train).sim[:, 0]
-            hits = space.search(run_over(space.embed, made), train)
+            train = space.keep(run_over(alike, sets["train"].images))
+            null_M = space.search(space.keep(run_over(alike, unseen)), train).sim[:, 0]
+            hits = space.search(space.keep(run_over(space.embed, made)), train)
             told = []
             for rate in (0.01, 0.05):
                 above_K = hits.sim[:, 0] > np.quantile(null_M, 1 - rate, method="higher")

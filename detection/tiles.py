@@ -1,0 +1,195 @@
+"""The part of a neighbour search that runs on the devices: products of blocks, and what is kept of them.
+
+On a mesh the queries are split over `data` and the keys over the other axes; each share of the keys keeps the tiles of
+its own, and only these are merged.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from launch import mesh
+
+TILE = 64  # keys a maximum is taken over: few enough to look into again, enough to make the maxima 64 times fewer
+DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, which bounds the rounding error
+# Of a CPU and of an accelerator. On a CPU a block of products should stay in the cache; the host looks into a tile once a
+# call, so an accelerator, for which the host is slow, takes many queries a call.
+_ROWS = {True: 1024, False: 8192}  # of a block
+_BLOCKS = {True: (8, 8), False: (64, 8)}  # of queries and of keys in one call
+_RESIDENT = {
+    True: 1 << 28,
+    False: 1 << 32,
+}  # bytes of keys that stay on the devices between calls; more are streamed again
+QUERIES, KEYS = mesh.AXES[:1], mesh.AXES[1:]  # axes of the mesh that the two are split over
+
+
+class Plan(NamedTuple):
+    queries: int  # rows of one block of queries
+    query_rows: int  # rows of queries in one call to the devices
+    keys: int
+    key_rows: int
+    key_shares: int  # devices, or groups of them, that hold different keys
+
+
+def plan(n, m, d, block, over) -> Plan:
+    """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move."""
+    if block is None:
+        block = (max(TILE, min(_ROWS[_cpu()], (1 << 22) // d)),) * 2
+    if min(block) < 1:
+        raise ValueError(f"block = {block}: both sizes must be positive")
+    split = [math.prod(over.shape[axis] for axis in axes) if over else 1 for axes in (QUERIES, KEYS)]
+    shares = []
+    for total, size, unit, most, parts in zip((n, m), block, (1, TILE), _BLOCKS[_cpu()], split, strict=True):
+        calls = -(-total // (size * most * parts)) or 1
+        blocks = -(-total // (size * calls * parts)) * parts or parts
+        rows = -(-total // (calls * blocks * unit)) * unit or unit
+        shares += [rows, rows * blocks]
+    return Plan(*shares, split[1])
+
+
+def _cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def current():
+    """The current mesh, or None where it is one device."""
+    over = jax.sharding.get_mesh()
+    return None if over.empty or over.size == 1 else over
+
+
+def _spec(over, *axes: tuple[str, ...]) -> jax.P:
+    """As the compiler writes it, so that what it returns compiles nothing anew: without axes of one device."""
+    split = [tuple(axis for axis in one if over and over.shape[axis] > 1) for one in axes]
+    split = [(one[0] if len(one) == 1 else one) or None for one in split]
+    while split and split[-1] is None:
+        split.pop()
+    return jax.P(*split)
+
+
+def _on(over, local: Callable, in_specs, out_specs) -> Callable:
+    return (
+        local
+        if over is None
+        else jax.shard_map(local, mesh=over, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    )
+
+
+def put(x: np.ndarray, over, *axes) -> jax.Array:
+    """A host array, of which every process has the whole, on the devices, split over these axes of the mesh."""
+    if over is None:
+        return jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, NamedSharding(over, _spec(over, *axes)), lambda part: x[part])
+
+
+def nothing(shape, over) -> tuple[jax.Array, jax.Array, jax.Array]:
+    peaks, tiles = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
+    return *(put(x, over, KEYS, QUERIES) for x in (peaks, tiles)), put(np.zeros(shape[0], np.float32), over, KEYS)
+
+
+def reader(key_MxD, plan: Plan, over):
+    """first -> the padded blocks of keys on the devices, (R, keys, D), and the number of the first key of each; small
+    sets are put there once."""
+
+    def read(first: int):
+        starts = np.arange(first, first + plan.key_rows, plan.keys, dtype=np.int32)
+        return padded(key_MxD, first, plan.key_rows, plan.keys, over, KEYS), put(starts, over, KEYS)
+
+    return functools.cache(read) if math.prod(key_MxD.shape) * 4 <= _RESIDENT[_cpu()] else read
+
+
+def padded(x_NxD, first: int, rows: int, block: int, over, axes):
+    x = np.asarray(x_NxD[first : first + rows], np.float32)
+    x = x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), x.shape[1]), np.float32)])
+    return put(x.reshape(-1, block, x.shape[1]), over, axes)
+
+
+def merged(peak_HxSxQxc, tile_HxSxQxc, reach_H, n) -> tuple[np.ndarray, np.ndarray, float]:
+    """Peaks and tiles (n, c) of the c largest peaks of all shares of the keys, and the largest norm."""
+    if len(reach_H) == 1:
+        peak_Nxc, tile_Nxc = (x.reshape(-1, x.shape[-1])[:n] for x in (peak_HxSxQxc, tile_HxSxQxc))
+        return peak_Nxc, tile_Nxc, float(reach_H[0])
+    c = peak_HxSxQxc.shape[-1]
+    peak, tile = (np.moveaxis(x, 0, 2).reshape(-1, len(reach_H) * c)[:n] for x in (peak_HxSxQxc, tile_HxSxQxc))
+    order = np.argsort(-peak, axis=1, kind="stable")[:, :c]
+    return np.take_along_axis(peak, order, 1), np.take_along_axis(tile, order, 1), float(reach_H.max())
+
+
+@functools.partial(jax.jit, donate_argnums=3, static_argnames=("over", "bf16"))
+def keep(query_SxQxD, key_RxKxD, first_R, found, stop, *, over, bf16):
+    """R blocks of keys, whose first are number `first_R`, against S of queries: of each share of the keys the running c
+    tiles with the largest maxima. `found`: peaks and tiles (shares, S, Q, c), and the largest norm of a key (shares,)."""
+
+    def local(query_SxQxD, key_RxKxD, first_R, found, stop):
+        position = first_R[:, None] + jnp.arange(key_RxKxD.shape[1])
+        position = position.reshape(len(first_R), -1, TILE)
+        tile_G = position[..., 0].ravel() // TILE
+
+        def against(query_QxD, peak_Qxc, tile_Qxc):
+            def maxima(key_KxD, position):
+                sim = products(query_QxD, key_KxD, bf16).reshape(len(query_QxD), -1, TILE)
+                return jnp.where(position < stop, sim, -jnp.inf).max(-1)
+
+            peak_RxQxG = jax.lax.map(lambda one: maxima(*one), (key_RxKxD, position))
+            peak = jnp.concatenate([peak_Qxc, jnp.moveaxis(peak_RxQxG, 0, 1).reshape(len(query_QxD), -1)], 1)
+            tile = jnp.concatenate([tile_Qxc, jnp.broadcast_to(tile_G, (len(query_QxD), len(tile_G)))], 1)
+            peak, best = jax.lax.top_k(peak, peak_Qxc.shape[1])
+            return peak, jnp.take_along_axis(tile, best, 1)
+
+        peak, tile, reach = (x[0] for x in found)
+        peak, tile = jax.lax.map(lambda one: against(*one), (query_SxQxD, peak, tile))
+        reach = jnp.maximum(reach, jnp.sqrt(jnp.max(jnp.sum(key_RxKxD**2, -1))))
+        return peak[None], tile[None], reach[None]
+
+    queries, keys, both = (_spec(over, *axes) for axes in ((QUERIES,), (KEYS,), (KEYS, QUERIES)))
+    found_spec = both, both, keys
+    sharded = _on(over, local, (queries, keys, keys, found_spec, jax.P()), found_spec)
+    return sharded(query_SxQxD, key_RxKxD, first_R, found, stop)
+
+
+@functools.partial(jax.jit, donate_argnums=3, static_argnames="over")
+def count(query_SxQxD, key_RxKxD, first_R, count_HxSxQx2, high, low, stop, *, over):
+    def local(query_SxQxD, key_RxKxD, first_R, count_1xSxQx2, high, low, stop):
+        position = first_R[:, None] + jnp.arange(key_RxKxD.shape[1])
+
+        def against(one):
+            def count(total_Qx2, block):
+                key_KxD, position = block
+                sim = jnp.where(position < stop, products(query_QxD, key_KxD), -jnp.inf)
+                above = [jnp.sum(sim > bound, 1, dtype=jnp.int32) for bound in (high, low)]
+                return total_Qx2 + jnp.stack(above, -1), None
+
+            query_QxD, total_Qx2 = one
+            return jax.lax.scan(count, total_Qx2, (key_RxKxD, position))[0]
+
+        return jax.lax.map(against, (query_SxQxD, count_1xSxQx2[0]))[None]
+
+    queries, keys, both = (_spec(over, *axes) for axes in ((QUERIES,), (KEYS,), (KEYS, QUERIES)))
+    sharded = _on(over, local, (queries, keys, keys, both, *[jax.P()] * 3), both)
+    return sharded(query_SxQxD, key_RxKxD, first_R, count_HxSxQx2, high, low, stop)
+
+
+def products(query_QxD, key_KxD, bf16: bool = False):
+    """All dot products in true float32 (accelerators would use fewer bits), summed in parts of DEPTH dimensions; or of
+    factors rounded to bfloat16."""
+    if bf16:
+        query_QxD, key_KxD = (x.astype(jnp.bfloat16) for x in (query_QxD, key_KxD))
+    multiply = functools.partial(
+        jnp.einsum, "qd,kd->qk", precision=None if bf16 else "highest", preferred_element_type=jnp.float32
+    )
+    whole, rest = divmod(query_QxD.shape[1], DEPTH)
+    sim = jnp.zeros((len(query_QxD), len(key_KxD)), jnp.float32)
+    if (whole == 1 and not rest) or not whole:
+        return multiply(query_QxD, key_KxD)
+
+    def add(part, sim):
+        query, key = (jax.lax.dynamic_slice_in_dim(x, part * DEPTH, DEPTH, 1) for x in (query_QxD, key_KxD))
+        return sim + multiply(query, key)
+
+    sim = jax.lax.fori_loop(0, whole, add, sim)
+    return sim + multiply(query_QxD[:, whole * DEPTH :], key_KxD[:, whole * DEPTH :]) if rest else sim
