@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # how numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH' (in the
     # files' units), 'header' (the window that the file recommends)
     data.intensity = "type"
-    data.channels = 1
+    data.channels = 1  # of an image, up to 4: 3 for colour, or as many as data.kind names sequences
     data.channel = config_dict.placeholder(int)  # of files with several channels (4D), only this one
     # an image of another shape: 'pad' or 'crop' to the aspect of `size` and resample; 'stretch'; or 'exact': cropped and
     # padded about the centre, voxel for voxel
@@ -52,7 +52,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data.spacing = config_dict.placeholder(tuple)
     # 2D images of volumes: 'AXIS:START:STOP:EVERY', as 'z', 'z:40:80', 'x:25%:75%:2'; z axial, y coronal, x sagittal
     data.slices = config_dict.placeholder(str)
-    # sub-volumes of `size` instead of whole volumes: a CSV with path,z,y,x of their centres and, if wanted, name,unit
+    # sub-volumes of `size` instead of whole volumes: a CSV with path,z,y,x of their centres and, if wanted, name,unit;
+    # 'none': whole volumes with a config that cuts sub-volumes
     data.centres = config_dict.placeholder(str)
     # at most so many images of a split
     data.limit = ConfigDict({"train": config_dict.placeholder(int), "val": config_dict.placeholder(int)})
@@ -208,7 +209,16 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.audit = ConfigDict(
         {
-            "synthetic": config_dict.placeholder(str),  # folder of synthetic images; None: our own samples
+            # folder of synthetic images, or an .npy or .npz of many along its first axis; None: our own samples
+            "synthetic": config_dict.placeholder(str),
+            # how they are read, by the keys of `data` of the same names; None: as the data
+            "reading": {
+                "intensity": config_dict.placeholder(str),
+                "fit": config_dict.placeholder(str),
+                "spacing": config_dict.placeholder(tuple),
+                "channel": config_dict.placeholder(int),
+                "slices": config_dict.placeholder(str),
+            },
             "fdr": 0.05,  # false-discovery rate of the calibrated test
             "percentile": 95.0,  # of the paper's rule
             "pairs": 16,  # most similar pairs in the picture

@@ -43,6 +43,7 @@ def read_images(
     fit: str = "pad",
     spacing: Sequence[float] | None = None,
     slices: str | None = None,
+    lenient: bool = False,
 ) -> Iterator[Image]:
     """Reads a file, or the files of a series, into the project's form.
 
@@ -57,6 +58,9 @@ def read_images(
       spacing: mm between voxels, for each axis of `size`: `fit` is meant on a grid of this spacing, with a single
         resampling. None: the file's own voxels.
       slices: of volumes, these sections as 2D images; see `parse_slices`. Constant ones, outside the body, are not given.
+        Coronal and sagittal ones have superior above, where the file says how it lies.
+      lenient: of what generators write: a 2D image needs no slicing, and one that does not say its spacing is taken for one
+        on the grid of `spacing` and has none in the result.
     Yields:
       One image, or one for each slice or centre.
     Raises:
@@ -64,8 +68,11 @@ def read_images(
     """
     with _one_line(row, root):
         pixels = _read(row, root)
+        if lenient and sum(n > 1 for n in pixels.array.shape[:-1]) <= 2:
+            slices = None
         rank = 3 if slices or row.centres else len(size)
         pixels = _one_image(_take_channel(pixels, channel), rank, channels)
+        spacing = None if lenient and pixels.spacing is None else spacing
         array, eight_bit = _scale(pixels, intensity), pixels.array.dtype == np.uint8
         if np.ptp(array) == 0:
             raise Refused("is constant, so it shows nothing; remove it, or widen data.intensity if that is a window")
@@ -74,6 +81,8 @@ def read_images(
             in_plane = pixels.spacing and pixels.spacing[:axis] + pixels.spacing[axis + 1 :]
             for index in chosen:
                 picture = array.take(index, axis)
+                if axis and pixels.affine is not None:  # D runs upwards, the rows of a picture downwards
+                    picture = picture[::-1]
                 if np.ptp(picture):
                     image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
                     yield image._replace(part=f"#{'zyx'[axis]}{index:03d}")

@@ -30,16 +30,19 @@ from data.shards import Report, Shard
 SERIAL_SECONDS = 5.0  # worker processes start only where more than this is left to do: each takes a second to start
 SHARD_BYTES = 1 << 25
 SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share
+FORM = 2  # of what a prepared set says of itself; another one is made afresh
 FORGOTTEN_DAYS = 14  # after which a preparation that nobody resumed is deleted
 
 
 class Prepared(NamedTuple):
     folder: str  # of the data set, for builder.Stored
     parts: list[str]  # of its images, in its order: what each adds to the id of its task
+    digests: list[str]  # of their pixels
     counts: list[int]  # images of each task
     skipped: list[str]  # one line for each task whose image could not be made
     resized: int  # how many had another shape than asked for
     spacing: tuple[float, ...] | None  # mm between voxels, median over the images that say it
+    unspaced: int  # how many do not
 
 
 def prepare(
@@ -79,7 +82,7 @@ def prepare(
         raise ValueError(f"data.on_error must be 'raise' or 'skip', not {on_error!r}")
     cache = folder(cache)
     sources = [pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in code]
-    key = hashlib.sha256(json.dumps([list(shape), eight_bit, sources]).encode())
+    key = hashlib.sha256(json.dumps([FORM, list(shape), eight_bit, sources]).encode())
     for part in itertools.chain((task[0] for task in tasks), inputs):
         key.update(json.dumps(part).encode())
     stem = os.path.join(cache, f"{name}-{key.hexdigest()[:20]}")
@@ -133,7 +136,8 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
     if not os.path.exists(too_wide):
         os.makedirs(where, exist_ok=True)
         for shard in shards:
-            if on_error == "raise" and shard.done() and shard.report().skipped:
+            lost = os.path.exists(shard.path) and not shard.done()  # without its report
+            if lost or (on_error == "raise" and shard.done() and shard.report().skipped):
                 os.remove(shard.path)  # what was left out then is an error now, if it still is one
         if not beam:
             _make(shards, shape, dtype, workers)
@@ -150,19 +154,20 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
         count = len(report.counts)
         none = "" if report.parts else f"none of {count} images could be read; the first: "
         raise ValueError(none + report.skipped[0])
-    content = {"parts": report.parts, "counts": report.counts, "skipped": report.skipped, "resized": report.resized}
-    content["spacing"] = None
+    content = {name: getattr(report, name) for name in ("parts", "digests", "counts", "skipped", "resized")}
+    content |= {"spacing": None, "unspaced": len(report.parts) - sum(report.spacings.values())}
     if report.spacings:
         values = np.repeat(list(report.spacings), list(report.spacings.values()), axis=0)
         content["spacing"] = np.median(values, axis=0).tolist()
     pathlib.Path(where, "prepared.json").write_text(json.dumps(content), encoding="utf-8")
-    for shard in shards:
-        os.remove(f"{shard.path}.json")
     try:
         os.rename(where, final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise  # else another machine finished the same thing first
+    for shard in shards:  # only now: without them the shards would be of no use after a kill
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(final, f"{os.path.basename(shard.path)}.json"))
     return True
 
 

@@ -163,7 +163,17 @@ def _dicom(path: str, item: str = "") -> Pixels:
 
 
 def _numpy(path: str, item: str = "") -> Pixels:
-    return plain(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: a false header cannot ask for memory
+    """`item` is the index of one image of a stack; none, where the file holds a single image."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false header cannot ask for memory
+    return plain(array[int(item)] if item else array)
+
+
+def stack(path: str) -> np.ndarray:
+    """The images of an .npy, along its first axis, mapped."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim < 3:
+        raise Refused(f"has {array.ndim} axes, so it is not a stack of images")
+    return array
 
 
 def plain(array: np.ndarray, **known) -> Pixels:
