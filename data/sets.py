@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -17,6 +18,9 @@ from data import splits as partition
 
 
 WHOLE = "none"  # data.centres of a config that asks for them, to do without
+# what decodes and resamples: another version may give other pixels
+DECODERS = ("numpy", "scipy", "pillow", "nibabel", "simpleitk", "h5py", "pydicom", "python-gdcm", "pyjpegls")
+DECODERS += ("pylibjpeg", "pylibjpeg-openjpeg", "array_record", "tensorflow-datasets")
 LITTLE = 0.2  # of the range of intensities: synthetic images that use less are in other units, most likely
 
 
@@ -216,7 +220,7 @@ def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> Imag
     images, count = _stored(done, places), f"of {len(ids)} synthetic images"
     notes = [*found.notes, *map(ours, _skipped(done, "synthetic images"))]
     if done.resized:
-        notes.append(f"{done.resized} {count} had another shape than {tuple(size)} and were resampled: {path}")
+        notes.append(f"{done.resized} {count} had another shape or spacing and were resampled to {tuple(size)}: {path}")
     if reading.get("spacing") and done.unspaced:
         notes.append(f"{done.unspaced} {count} do not say their spacing, which is taken for that of the data: {path}")
     if (used := _range(images)) < LITTLE:
@@ -278,10 +282,10 @@ def _read(
     more = {"channel": channel, "spacing": spacing and tuple(spacing), "slices": slices, "lenient": lenient or None}
     settings |= {name: value for name, value in more.items() if value is not None}
     root = found.root
-    stamp = functools.lru_cache(maxsize=1)(lambda path: (s.st_size, s.st_mtime_ns) if (s := _stat(path)) else None)
+    stamp = functools.lru_cache(maxsize=1)(_stamp)
 
     def inputs():
-        yield from (os.path.realpath(root), settings)
+        yield from (os.path.realpath(root), settings, [_version(name) for name in DECODERS])
         for row in found.rows:
             parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
             yield [parts, row.item, row.centres]
@@ -318,11 +322,20 @@ def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
     return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows)))
 
 
-def _stat(path: str) -> os.stat_result | None:
+def _stamp(path: str) -> list | None:
+    """Changes where a file does, or one of those that hold its numbers."""
     try:
-        return os.stat(path)
+        found = [os.stat(name) for name in (path, *readers.detached(path))]
     except OSError:
         return None  # reading it will say why
+    return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cohort(cohort: dict, *, size, channels=1, **preparing):

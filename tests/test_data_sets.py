@@ -191,7 +191,7 @@ def test_synthetic_folder(folder, tmp_path, caplog, monkeypatch):
     made = data.read_folder(folder, (8, 8), cache=tmp_path / "cache")
     assert made.ids.tolist() == sorted(os.listdir(folder)) and set(made.patients) == {""} and not caplog.text
     assert data.read_folder(folder, (6, 6), cache=tmp_path / "cache").images[0].shape == (6, 6, 1)
-    assert "60 of 60 synthetic images had another shape than (6, 6)" in caplog.text
+    assert "60 of 60 synthetic images had another shape or spacing and were resampled to (6, 6)" in caplog.text
 
 
 def test_cohort(tmp_path):

@@ -152,6 +152,70 @@ def test_series_that_are_no_volume_are_refused(tmp_path):
         read(series_source(other))
 
 
+@pytest.mark.parametrize("centre, width, low, high", [(0, 400, -200, 199), (-600, 1500, -1350, 149), (40, 0, None, None)])
+def test_a_window_about_zero_is_a_window(tmp_path, centre, width, low, high):
+    path = make_files.dicom(tmp_path / "x.dcm", VOLUME[0], WindowCenter=centre, WindowWidth=width)
+    if low is None:
+        with pytest.raises(ValueError, match="its header recommends no window"):
+            read(path, (6, 8), "header")
+        return
+    wanted = np.clip((VOLUME[0].astype(float) - low) / (high - low), 0, 1) * 2 - 1
+    np.testing.assert_allclose(read(path, (6, 8), "header")[0].array[..., 0], wanted, atol=1e-5)
+
+
+def palette(colours, bits=8):
+    """Header of a table of colours (N, 3)."""
+    names = [f"{name}PaletteColorLookupTable" for name in ("Red", "Green", "Blue")]
+    tags = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, values in zip(names, np.transpose(colours), strict=True):
+        tags[f"{name}Descriptor"] = [len(colours), 0, bits]
+        tags[f"{name}Data"] = values.astype(np.uint8 if bits == 8 else np.uint16).tobytes()
+    return tags
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_palette_is_looked_up(tmp_path, bits):
+    index = RNG.integers(0, 256, (6, 8), dtype=np.uint8)
+    grey = RNG.permutation(256)  # shuffled: the index itself is no image
+    top = 2**bits - 1
+    table = np.stack([grey * (top // 255)] * 3, -1)
+    path = make_files.dicom(tmp_path / "x.dcm", index, **palette(table, bits))
+    np.testing.assert_allclose(read(path, (6, 8), "type")[0].array[..., 0], grey[index] / 127.5 - 1, atol=1e-6)
+    coloured = make_files.dicom(tmp_path / "y.dcm", index, **palette(RNG.integers(0, 256, (256, 3))))
+    with pytest.raises(ValueError, match="is a colour image"):
+        read(coloured, (6, 8), "type")
+
+
+def test_a_table_of_modality_values_is_looked_up(tmp_path):
+    index = RNG.integers(0, 16, (6, 8), dtype=np.uint16)
+    values = RNG.permutation(4096)[:16].astype(np.uint16)
+    item = pydicom.Dataset()
+    item.LUTDescriptor, item.ModalityLUTType, item.LUTData = [16, 0, 12], "US", values.tobytes()
+    path = make_files.dicom(tmp_path / "x.dcm", index, bits=8, ModalityLUTSequence=[item])
+    np.testing.assert_allclose(
+        read(path, (6, 8), "type")[0].array[..., 0], values[index] / 4095.0 * 2 - 1, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("limit", [None, -1990])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_padding_is_no_image(tmp_path, limit, inverted):
+    """Corners outside a scanner's field neither widen the range of intensities nor are brighter than the image."""
+    stored = VOLUME + 1024
+    corner = np.zeros(VOLUME.shape, bool)
+    corner[:, :2, :2] = True
+    padded = np.where(corner, -2000 if limit is None else RNG.integers(-2000, -1989, VOLUME.shape), stored)
+    tags = {"RescaleSlope": 1, "RescaleIntercept": -1024, "PixelPaddingValue": -2000}
+    tags |= {} if limit is None else {"PixelPaddingRangeLimit": limit}
+    tags |= {"PhotometricInterpretation": "MONOCHROME1"} if inverted else {}
+    make_files.series(tmp_path / "x", padded.astype(np.int16), **tags)
+    (image,) = read(series_source(tmp_path / "x"), intensity="minmax")
+    body = VOLUME[~corner]
+    wanted = (body - body.min()) / (body.max() - body.min()) * 2.0 - 1
+    np.testing.assert_allclose(image.array[..., 0][~corner], -wanted if inverted else wanted, atol=1e-4)
+    assert (image.array[..., 0][corner] == -1).all()
+
+
 # ---- spacing and frames
 
 
@@ -169,9 +233,9 @@ def test_spacing_is_read_whatever_the_file(tmp_path):
     nifti(tmp_path / "metres.nii", float_volume, spacing=[mm / 1000 for mm in SPACING], unit="meter")
     itk = SimpleITK.GetImageFromArray(float_volume)
     itk.SetSpacing(SPACING[::-1])
-    for name in ("x.nrrd", "x.mha", "x.mhd"):
+    for name in ("x.nrrd", "x.mha", "x.mhd", "detached.nhdr"):
         SimpleITK.WriteImage(SimpleITK.DICOMOrient(itk, "RAI"), str(tmp_path / name))
-    for name in ("x.nii.gz", "metres.nii", "x.nrrd", "x.mha", "x.mhd"):
+    for name in ("x.nii.gz", "metres.nii", "x.nrrd", "x.mha", "x.mhd", "detached.nhdr"):
         (image,) = read(tmp_path / name)
         np.testing.assert_allclose(image.array[..., 0], VOLUME / 1000, atol=1e-6, err_msg=name)
         assert image.spacing == pytest.approx(SPACING, rel=1e-5), name
@@ -230,8 +294,26 @@ def test_slices(tmp_path, text, axis, indices):
     images = read(nifti(tmp_path / "x.nii.gz", VOLUME), size=np.delete(VOLUME.shape, axis), slices=text)
     assert [image.part for image in images] == [f"#{'zyx'[axis]}{i:03d}" for i in indices]
     for image, i in zip(images, indices, strict=True):
-        np.testing.assert_allclose(image.array[..., 0], VOLUME.take(i, axis) / 1000, atol=1e-6)
+        wanted = VOLUME.take(i, axis)[:: -1 if axis else 1]  # superior above
+        np.testing.assert_allclose(image.array[..., 0], wanted / 1000, atol=1e-6)
         assert image.spacing == pytest.approx(tuple(np.delete(SPACING, axis)))
+    np.save(tmp_path / "x.npy", VOLUME)  # says nothing of how it lies, so it is not turned
+    bare = read(tmp_path / "x.npy", size=np.delete(VOLUME.shape, axis), slices=text)
+    np.testing.assert_allclose(bare[0].array[..., 0], VOLUME.take(indices[0], axis) / 1000, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis, size", [("y", (6, 10)), ("x", (6, 8))])
+def test_a_superior_voxel_is_in_the_upper_rows_of_a_section(tmp_path, axis, size):
+    """By the affine alone, in two orientations of the file: the head is above the feet, as everyone looks at it."""
+    array = np.full((10, 8, 6), -900, np.float32)  # to the right, anterior, superior
+    array[3:7, 2:6, 5] = 900
+    image = nibabel.Nifti1Image(array, np.eye(4))
+    assert (image.affine @ [4, 4, 5, 1])[2] > (image.affine @ [4, 4, 0, 1])[2]
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    nibabel.save(image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), tmp_path / "b.nii.gz")
+    for name in ("a.nii.gz", "b.nii.gz"):
+        (section,) = read(tmp_path / name, size=size, slices=f"{axis}:4:5")
+        assert section.array[0].max() > 0 > section.array[1:].max(), name
 
 
 def test_slices_of_a_patient_stay_together(tmp_path):
@@ -331,6 +413,27 @@ def test_settings_that_cannot_be(tmp_path, how, words):
 
 
 # ---- channels and containers
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.nrrd", "x.mha", "x.npy"])
+def test_every_channel_of_a_4d_file_is_there(tmp_path, name, count, dtype):
+    """Whatever the type: the last of two or four is not taken for transparency."""
+    several = RNG.integers(0, 256, (*VOLUME.shape, count)).astype(dtype)
+    several[..., -1] = 255  # as an opaque alpha channel would be
+    several[0, 0, 0, -1] = 254
+    if name == "x.npy":
+        np.save(tmp_path / name, several)
+    elif name == "x.nii.gz":
+        nibabel.save(nibabel.Nifti1Image(several.transpose(2, 1, 0, 3)[::-1, ::-1].copy(), np.eye(4)), tmp_path / name)
+    else:
+        one = [SimpleITK.GetImageFromArray(several[..., k]) for k in range(count)]
+        SimpleITK.WriteImage(SimpleITK.JoinSeries(one), str(tmp_path / name))
+    (image,) = read(tmp_path / name, channels=count, intensity="window:0:255")
+    np.testing.assert_allclose(image.array, several / 127.5 - 1, atol=1e-6)
+    (image,) = read(tmp_path / name, channel=count - 1, intensity="window:0:255")
+    np.testing.assert_allclose(image.array, several[..., -1:] / 127.5 - 1, atol=1e-6)
 
 
 def test_one_channel_of_several(tmp_path):
