@@ -62,7 +62,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     generator = build_generator(config, workdir)
     for name in ldm.stages(config.generator):
         with claim(config, workdir / name, content, *made_of(config, name), grow=GROW.get(name, ())):
-            said = {"spacing": sets["train"].spacing, "window": sets["train"].window, "content": content}
+            said = {name: getattr(sets["train"], name) for name in ("spacing", "window", "top", "affine")}
+            said |= {"intensity": config.data.intensity, "content": content}
             checkpoint.write_json(workdir / "data.json", said)
             ldm.train(
                 generator,
@@ -290,10 +291,14 @@ def detector_of(config: ConfigDict) -> dict:
 
 
 def form_of(config: ConfigDict, workdir: Path) -> export.Form:
-    """How samples are stored: invertible, so that an audit reads back what was sampled, in the training data's spacing."""
-    said = workdir / "data.json"
-    spacing = json.loads(said.read_text())["spacing"] if said.exists() else None
-    form = {"channels": config.data.channels, "intensity": config.data.intensity, "spacing": spacing}
+    """How samples are stored: invertible, so that an audit reads back what was sampled, in the training data's units,
+    and lying as the training data lies."""
+    path = workdir / "data.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    form = {"channels": config.data.channels, "intensity": config.data.intensity}
+    form |= {name: said.get(name) for name in ("spacing", "top")}
+    if said.get("affine"):
+        form["affine"] = export.placed(np.array(said["affine"]), config.data.size)
     return export.form(config.sample.format, config.data.size, **form)
 
 

@@ -69,7 +69,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
-    data.seed = 0  # of that hash: another seed is another partition, as for cross-validation
+    data.seed = 0  # of that hash: another seed is another partition
+    # five-fold cross-validation: the patients in train and val are cut in five, and this fifth (0 to 4) is val
+    data.fold = config_dict.placeholder(int)
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
     cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 600})
     cohort.scans = 1  # scans per subject: same anatomy, new noise and bias field

@@ -49,7 +49,10 @@ def _array(name: str, ask: Ask) -> str:
 
 
 def nih(path: str, ask: Ask) -> Manifest:
-    """NIH ChestX-ray14, whole or in part: Data_Entry*.csv with 'Image Index' and 'Patient ID'; files below images*/."""
+    """NIH ChestX-ray14, whole or in part: Data_Entry*.csv with 'Image Index' and 'Patient ID'; files below images*/.
+
+    Where its train_val_list.txt and test_list.txt are there, they are its split, by patient.
+    """
     tables = [name for name in os.listdir(path) if re.fullmatch(r"Data_Entry.*\.csv", name)]
     if len(tables) != 1:
         raise ValueError(f"{path}: the NIH layout has one Data_Entry*.csv, this has {len(tables)}; correct data.path")
@@ -57,11 +60,19 @@ def nih(path: str, ask: Ask) -> Manifest:
     folders = [f for f in sorted(os.listdir(path)) if f.startswith("images") and os.path.isdir(os.path.join(path, f))]
     found = {os.path.basename(p): f"{f}/{p}" for f in folders for p in image_files(os.path.join(path, f), ask)}
 
+    lists = {"train": os.path.join(path, "train_val_list.txt"), "test": os.path.join(path, "test_list.txt")}
+    split_of = {}
+    if all(map(os.path.isfile, lists.values())):
+        for split, names in lists.items():
+            with open(names, encoding="utf-8", errors="replace") as lines:
+                split_of |= dict.fromkeys(map(str.strip, lines), split)
+
     def listed():
         for line, record in records(entries, ask, "Image Index", "Patient ID"):
             name, patient = record["Image Index"], record["Patient ID"]
             if name and patient:
-                yield name, Row("", patient, record.get("Follow-up #", ""), label=record.get("Finding Labels", ""))
+                said = {"split": split_of.get(name, ""), "label": record.get("Finding Labels", "")}
+                yield name, Row("", patient, record.get("Follow-up #", ""), **said)
             else:
                 ask.refuse(f"{entries}: line {line} lacks its Image Index or Patient ID; fill it or remove the line")
 

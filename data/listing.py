@@ -154,6 +154,19 @@ def choose(root: str, found: list[tuple[str, Row]], ask: Ask) -> list[Row]:
     return [row for kind, row in found if kind in wanted]
 
 
+def private(folder: str) -> None:
+    """Makes a folder that only its owner reads: it holds patients' images and ids. One that is there stays as it is, but
+    for the default one.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    ours = not os.path.isdir(folder) or os.path.abspath(folder) == os.path.expanduser("~/.cache/facsimile")
+    os.makedirs(folder, exist_ok=True)
+    if ours:
+        os.chmod(folder, 0o700)
+
+
 def remember(ask: Ask, root: str, state: Any, make: Callable[[], Any]) -> Any:
     """make(), as JSON, from the cache if `root` is in the same `state` (JSON) as when it was put there."""
     if ask.cache is None:
@@ -165,7 +178,7 @@ def remember(ask: Ask, root: str, state: Any, make: Callable[[], Any]) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     result = make()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time and no more
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private(ask.cache)
         aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
         aside.write_text(json.dumps(result), encoding="utf-8")
         os.replace(aside, path)

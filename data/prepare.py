@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import queue
+import re
 import shutil
 import sys
 import threading
@@ -24,7 +25,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from data import files, sandbox
+from data import files, listing, sandbox
 from data.shards import Report, Shard
 
 SERIAL_SECONDS = 5.0  # worker processes start only where more than this is left to do: each takes a second to start
@@ -43,6 +44,8 @@ class Prepared(NamedTuple):
     resized: int  # how many had another shape than asked for
     spacing: tuple[float, ...] | None  # mm between voxels, median over the images that say it
     unspaced: int  # how many do not
+    top: float | None  # by their type the files' numbers run from 0 to that; None: not the same for all, or not known
+    affine: list | None  # (4, 4) of the images, likewise; see `files.Image`
 
 
 def prepare(
@@ -89,7 +92,7 @@ def prepare(
     final = f"{stem}-{on_error}"
     if not os.path.exists(final):
         try:
-            os.makedirs(cache, exist_ok=True)
+            listing.private(cache)
         except OSError as error:
             raise ValueError(f"{cache}: cannot make the cache folder ({error.strerror}); set data.cache") from None
         _forget_old(cache)
@@ -112,6 +115,33 @@ def prepare(
 def folder(cache: str | os.PathLike | None) -> str:
     """The cache folder."""
     return os.path.expanduser(os.fspath(cache or os.environ.get("FACSIMILE_CACHE") or "~/.cache/facsimile"))
+
+
+def kept(cache: str | os.PathLike | None) -> list[tuple[str, int, float]]:
+    """(name, bytes, days since it was made) of what the cache folder holds of patients, the largest first."""
+    found = []
+    for path in pathlib.Path(folder(cache)).glob("*"):
+        if re.search(r"-(raise|skip)$|\.partial|^headers-.*\.json$", path.name):
+            inside = [path, *path.rglob("*")] if path.is_dir() else [path]
+            size = sum(p.stat().st_size for p in inside if p.is_file())
+            found.append((path.name, size, (time.time() - path.stat().st_mtime) / 86400))
+    return sorted(found, key=lambda one: (-one[1], one[0]))
+
+
+def drop(cache: str | os.PathLike | None, name: str) -> list[str]:
+    """Deletes one of those, or 'all'; returns their names. Whoever needs it prepares it again.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    there = [one for one, *_ in kept(cache)]
+    chosen = there if name == "all" else [one for one in there if one == name]
+    if not chosen and name != "all":
+        raise ValueError(f"{folder(cache)}: holds no prepared data set {name!r}; --cache=list prints their names")
+    for one in chosen:
+        path = pathlib.Path(folder(cache), one)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return chosen
 
 
 def _shards(partial: str, tasks, make, shape, several: int, strict: bool, dtype: str) -> list[Shard]:
@@ -156,6 +186,8 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
         raise ValueError(none + report.skipped[0])
     content = {name: getattr(report, name) for name in ("parts", "digests", "counts", "skipped", "resized")}
     content |= {"spacing": None, "unspaced": len(report.parts) - sum(report.spacings.values())}
+    only = lambda values: values[0] if len(values) == 1 else None
+    content |= {"top": only(report.tops), "affine": only(report.affines)}
     if report.spacings:
         values = np.repeat(list(report.spacings), list(report.spacings.values()), axis=0)
         content["spacing"] = np.median(values, axis=0).tolist()

@@ -34,6 +34,8 @@ class ImageSet(NamedTuple):
     # what every report on these images must say; files and folders are named only after the first ': ' of each
     notes: tuple[str, ...] = ()
     digests: Sequence[str] = ()  # (n,) of each image's pixels as prepared
+    top: float | None = None  # under intensity 'type': what 1 is in the files, where that is the same for all
+    affine: list | None = None  # (4, 4): index (d, h, w) -> mm to the left, posterior, superior; where all share it
 
 
 class Trouble(NamedTuple):
@@ -53,6 +55,7 @@ def load(
     centres: str | os.PathLike | None = None,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
+    fold: int | None = None,
     limit: Mapping[str, int] | None = None,
     splits: str | None = None,
     accept_duplicates: Sequence[str] | None = None,
@@ -69,7 +72,7 @@ def load(
       path: folder, manifest, file or layout root, or 'tfds:NAME'; None is the embedded semi-synthetic cohort.
       layout, kind, patients, patient_pattern: see `manifest.read`.
       centres: CSV of the centres of sub-volumes, which are the images then; see `manifest.centres`.
-      fractions, seed: see `splits.assign`. The cohort has splits of its own.
+      fractions, seed, fold: see `splits.assign`. The cohort has splits of its own.
       splits: 'hash' leaves out of account the splits that the data brings.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
       accept_duplicates: images of different patients that are the same image are an error that lists them, but for those
@@ -109,7 +112,7 @@ def load(
             found = _with_centres(found, os.path.expanduser(os.fspath(centres)))
         names, of, said = ([getattr(row, field) for row in found.rows] for field in ("path", "patient", "split"))
         said = said if splits is None else ()
-        assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed)
+        assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed, fold=fold)
         split_of = _or(trouble, lambda: assign(said), assign)
         task_of = np.arange(len(names))
         needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
@@ -132,7 +135,8 @@ def load(
         ids = np.array([names[rows[i]] + done.parts[places[i]] for i in chosen], dtype=str)
         patients_of = np.array([of[row] for row in rows[chosen]], dtype=str)
         digests = [done.digests[i] for i in places[chosen]]
-        sets[split] = ImageSet(_stored(done, places[chosen]), ids, patients_of, done.spacing, window, notes, digests)
+        of_all = {"spacing": done.spacing, "window": window, "notes": notes, "top": done.top, "affine": done.affine}
+        sets[split] = ImageSet(_stored(done, places[chosen]), ids, patients_of, digests=digests, **of_all)
         logging.info("%s: %d images of %d patients", split, len(chosen), len(set(patients_of)))
     if accept_duplicates is not None:
         copies = planted(path, cohort)

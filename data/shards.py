@@ -20,6 +20,8 @@ class Report:
     counts: list[int] = dataclasses.field(default_factory=list)  # images of each task
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each task that failed
     resized: int = 0  # images that had another shape
+    tops: list[float | None] = dataclasses.field(default_factory=list)  # of their types: those that occur, two at most
+    affines: list[list | None] = dataclasses.field(default_factory=list)  # likewise
     spacings: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # mm -> images
 
     def add(self, other: "Report") -> None:
@@ -29,6 +31,10 @@ class Report:
         self.skipped += other.skipped
         self.resized += other.resized
         self.spacings.update(other.spacings)
+        for top in other.tops:
+            occurs(self.tops, top)
+        for affine in other.affines:
+            occurs(self.affines, affine)
 
     def dumps(self) -> str:
         spacings = [[list(mm), n] for mm, n in self.spacings.items()]
@@ -38,6 +44,12 @@ class Report:
     def loads(cls, text: str) -> "Report":
         content = json.loads(text)
         return cls(**{**content, "spacings": collections.Counter({tuple(mm): n for mm, n in content["spacings"]})})
+
+
+def occurs(values: list, value: Any) -> None:
+    """Notes a value; two different ones are enough to know that it is not the same for all."""
+    if value not in values and len(values) < 2:
+        values.append(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +100,8 @@ class Shard:
                     # of 16 bits even where 8 are stored, so that it does not depend on the other images
                     report.digests.append(hashlib.blake2b(sixteen.tobytes(), digest_size=8).hexdigest())
                     report.resized += image.resized
+                    occurs(report.tops, image.top)
+                    occurs(report.affines, image.affine if image.affine is None else image.affine.round(4).tolist())
                     if image.spacing:
                         report.spacings[tuple(float(f"{mm:.5g}") for mm in image.spacing)] += 1
             except ValueError as error:

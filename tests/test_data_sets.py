@@ -7,10 +7,11 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+import SimpleITK
 from absl import logging
 
 import data
-from data import cohort, files
+from data import cohort, files, readers, sets
 
 RNG = np.random.default_rng(0)
 STEP = np.repeat(np.array([0, 255], np.uint8), 32).reshape(8, 8)
@@ -75,6 +76,63 @@ def test_nothing_is_read_twice_and_no_stale_cache_is_used(load, folder, tmp_path
     (tmp_path / "files.py").write_text("# other code")
     monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
     assert again() == 61
+
+
+def test_a_file_changed_in_place_is_read_again(load, folder, reads):
+    """Of the same size and with its old time, as a restore or a copy that keeps times leaves it."""
+    path = folder / "p00_0.tif"
+    PIL.Image.fromarray(STEP).save(path)
+    before = path.stat()
+    load()
+    PIL.Image.fromarray(STEP[::-1].copy()).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    reads.clear()
+    image = next(x for s in load().values() for i, x in zip(s.ids, s.images, strict=True) if i == "p00_0.tif")
+    assert len(reads) == 61 and (image[4:] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["x.nhdr", "x.mhd"])
+def test_a_header_is_stale_when_its_numbers_change(tmp_path, name):
+    (tmp_path / "x").mkdir()
+    volume = RNG.integers(0, 256, (4, 5, 6), dtype=np.uint8)
+    how = dict(path=tmp_path / "x", patients="per_image", fractions={"train": 1.0}, size=(4, 5, 6), cache=tmp_path / "c")
+    for array in (volume, 255 - volume):
+        header = tmp_path / "x" / name
+        there = header.read_bytes() if header.exists() else None
+        times = header.stat() if there else None
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(header))
+        if there:  # only the numbers are others
+            (raw,) = [path for path in (tmp_path / "x").iterdir() if path != header]
+            assert header.read_bytes() == there and readers.detached(str(header)) == [str(raw)]
+            os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns))
+        (image,) = data.load(**how)["train"].images
+        np.testing.assert_allclose(image[..., 0], array / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "line, names",
+    [
+        ("ElementDataFile = a.raw", ["a.raw"]),
+        ("ElementDataFile = LOCAL", []),
+        ("ElementDataFile = LIST\na.raw\nb.raw", ["a.raw", "b.raw"]),
+        ("ElementDataFile = s%02d.raw 1 3 2", ["s01.raw", "s03.raw"]),
+    ],
+)
+def test_the_files_that_a_header_names(tmp_path, line, names):
+    for name in ("a.raw", "b.raw", "s01.raw", "s02.raw", "s03.raw"):
+        (tmp_path / name).write_bytes(b"0")
+    (tmp_path / "x.mhd").write_text(f"NDims = 3\n{line}\n")
+    assert readers.detached(str(tmp_path / "x.mhd")) == [str(tmp_path / name) for name in names]
+
+
+def test_another_decoder_is_another_cache(load, reads, monkeypatch):
+    load()
+    reads.clear()
+    real = sets._version
+    monkeypatch.setattr(sets, "_version", lambda name: "999" if name == "pillow" else real(name))
+    load()
+    assert len(reads) == 60 and real("pillow") and real("no such") is None
 
 
 def test_cache_folder_from_the_environment(load, tmp_path, monkeypatch):

@@ -382,7 +382,7 @@ def test_centres_from_a_table(tmp_path):
         ("path,z,y,x\np1.nii.gz,4,5,inf\n", "line 2 has a unit or place"),
         ("path,z,y,x,unit\np1.nii.gz,4,5,6,cm\n", "line 2 has a unit or place"),
         ("path,z,y,x,name\np1.nii.gz,4,5,6,a\np1.nii.gz,4,5,7,a\n", "line 3 repeats the name a"),
-        ("path,z,y,x\np9.nii.gz,4,5,6\n", "p9.nii.gz is none of the volumes"),
+        ("path,z,y,x\np9.nii.gz,4,5,6\n", r"p9.nii.gz is none of the volumes of .*, which are p1.nii.gz, p2.nii.gz, p3.nii.gz"),
     ]:
         table.write_text(content)
         with pytest.raises(ValueError, match=words) as error:
