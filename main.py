@@ -351,9 +351,7 @@ def settings_of(config: ConfigDict, *sections: str) -> dict:
 
 
 @contextlib.contextmanager
-def claim(
-    config: ConfigDict, folder: Path, content: str, *sections: str, grow: tuple[str, ...] = ()
-) -> Iterator[None]:
+def claim(config: ConfigDict, folder: Path, content: str, *sections: str, grow: tuple[str, ...] = ()) -> Iterator[None]:
     """`with claim(...)`: train a stage that may be shared; refuses a folder made with other settings, or of other images.
 
     Args:

@@ -26,7 +26,9 @@ from data import duplicates, look, prepare, sets
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a variant follows after a colon.")
 _OUT = flags.DEFINE_string("out", "look.png", "The contact sheet, a PNG; repeats go into a CSV of the same name.")
-_CACHE = flags.DEFINE_string("cache", None, "Instead of a look: 'list' the prepared data sets, or delete a NAME or 'all'.")
+_CACHE = flags.DEFINE_string(
+    "cache", None, "Instead of a look: 'list' the prepared data sets, or delete a NAME or 'all'."
+)
 flags.register_multi_flags_validator(
     ["config", "cache"], lambda given: given["config"] or given["cache"], "use --config=FILE, or --cache=list"
 )
@@ -65,7 +67,9 @@ def cache(folder: str | None, what: str) -> int:
     if what == "list":
         kept = prepare.kept(folder)
         lines = [f"{size / 2**20:>10.1f} MiB {days:>6.1f} days  {name}" for name, size, days in kept]
-        print("\n".join([f"{prepare.folder(folder)} holds {len(kept)} prepared data sets and lists of headers", *lines]))
+        print(
+            "\n".join([f"{prepare.folder(folder)} holds {len(kept)} prepared data sets and lists of headers", *lines])
+        )
     else:
         print("\n".join(f"deleted {name}" for name in prepare.drop(folder, what)) or "nothing to delete")
     return 0
@@ -75,7 +79,9 @@ def parse(argv: list[str]) -> list[str]:
     """Flags from the command line; anything wrong with them is one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
-        _ = flags.FLAGS["config"].value and flags.FLAGS["config"].value.data  # a config file that could not be read is told on first use
+        _ = (
+            flags.FLAGS["config"].value and flags.FLAGS["config"].value.data
+        )  # a config file that could not be read is told on first use
         return rest
     except (ValueError, OSError, flags.Error, AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:
         sys.exit(report(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), 2))

@@ -146,7 +146,9 @@ def _padding(file, array: np.ndarray) -> np.ndarray | None:
     return (array >= min(one, other)) & (array <= max(one, other))
 
 
-def _without_padding(slices: list[np.ndarray], padding: Sequence[np.ndarray | None], inverted: bool) -> list[np.ndarray]:
+def _without_padding(
+    slices: list[np.ndarray], padding: Sequence[np.ndarray | None], inverted: bool
+) -> list[np.ndarray]:
     """Padding becomes as dark as the darkest of the image, so that it neither widens the range nor shows."""
     padded = [where is not None and where.any() for where in padding]
     real = [s[~where] if pads else s for s, where, pads in zip(slices, padding, padded, strict=True)]

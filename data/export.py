@@ -87,7 +87,7 @@ def form(
 
 def placed(affine: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """`Form.affine` of volumes of `size` that lie as a data set's `affine` says, which is of `ImageSet`."""
-    (d, h, w), turned = size, np.zeros((4, 4))
+    (_, h, w), turned = size, np.zeros((4, 4))
     turned[0, 2], turned[1, 1], turned[2, 0], turned[3, 3] = 1, -1, -1, 1  # index of NIfTI's array -> of ours
     turned[1:3, 3] = h - 1, w - 1
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine @ turned

@@ -58,9 +58,7 @@ def spans_of(
     return [new * factor * k for new, k in zip(size, scale, strict=True)]
 
 
-def framed(
-    affine: np.ndarray, shape: Sequence[int], size: Sequence[int], spans: Sequence[int | float]
-) -> np.ndarray:
+def framed(affine: np.ndarray, shape: Sequence[int], size: Sequence[int], spans: Sequence[int | float]) -> np.ndarray:
     """The affine (4, 4) of what `resample` makes of an image of `shape` with this affine, about its centre."""
     scale = np.array([span / new for span, new in zip(spans, size, strict=True)])
     starts = np.array([_margin(old, span) for old, span in zip(shape, spans, strict=True)])

@@ -16,7 +16,6 @@ from data import cohort as brains
 from data import containers, dicom, duplicates, files, geometry, layouts, manifest, prepare, readers
 from data import splits as partition
 
-
 WHOLE = "none"  # data.centres of a config that asks for them, to do without
 # what decodes and resamples: another version may give other pixels
 DECODERS = ("numpy", "scipy", "pillow", "nibabel", "simpleitk", "h5py", "pydicom", "python-gdcm", "pyjpegls")
@@ -321,7 +320,9 @@ def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
     rows = [row._replace(centres=tuple(centres[row.path])) for row in found.rows if row.path in centres]
     if absent := sorted(set(centres) - {row.path for row in rows}):
         some = ", ".join(row.path for row in found.rows[:3]) + ", ..." * (len(found.rows) > 3)
-        raise ValueError(f"{path}: {absent[0]} is none of the volumes of {found.root}, which are {some}; correct the path")
+        raise ValueError(
+            f"{path}: {absent[0]} is none of the volumes of {found.root}, which are {some}; correct the path"
+        )
     note = [f"{len(found.rows) - len(rows)} volumes have no centre and are left out: {path}"]
     return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows)))
 

@@ -109,7 +109,7 @@ def test_mrnet_is_split_as_in_the_paper():
         assert (fold == "train").sum() == 904
         for kept in ("select", "control"):
             np.testing.assert_array_equal(fold == kept, found == kept)
-    with pytest.raises(ValueError, match="data.fold must be 0 to 4, not 5"):
+    with pytest.raises(ValueError, match=r"data\.fold must be 0 to 4, not 5"):
         splits.assign(exams, fractions=data.fractions.to_dict(), fold=5)
 
 

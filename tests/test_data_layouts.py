@@ -287,7 +287,14 @@ def tcia(root):
 
 def scout_tags(path):
     file = pydicom.dcmread(path)
-    names = "SeriesInstanceUID StudyInstanceUID PatientID SeriesDescription ImageOrientationPatient PixelSpacing".split()
+    names = [
+        "SeriesInstanceUID",
+        "StudyInstanceUID",
+        "PatientID",
+        "SeriesDescription",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+    ]
     return {name: file[name].value for name in names} | {"SOPInstanceUID": "1.3.99"}
 
 
@@ -302,9 +309,15 @@ def test_dicom_tree(tmp_path):
         (f"{mixed}#1.3", "LUNG-002", "2.1", 2),
     ]
     assert [r.path for r in manifest.read(root, volumes=True, kind="^CT CHEST").rows] == [first, f"{mixed}#1.2"]
-    assert found.notes[0].startswith("2 kinds of series are taken together, since data.kind is not set: 'CT CHEST 5MM' (2)")
-    assert found.kinds == {"CT CHEST 5MM": 2, "CT SCOUT": 1} and not manifest.read(root, volumes=True, kind="CHEST").kinds
-    with pytest.raises(ValueError, match=r"no images of kind 'MR' here; set data\.kind to one of 'CT CHEST 5MM' \(2\), "):
+    assert found.notes[0].startswith(
+        "2 kinds of series are taken together, since data.kind is not set: 'CT CHEST 5MM' (2)"
+    )
+    assert (
+        found.kinds == {"CT CHEST 5MM": 2, "CT SCOUT": 1} and not manifest.read(root, volumes=True, kind="CHEST").kinds
+    )
+    with pytest.raises(
+        ValueError, match=r"no images of kind 'MR' here; set data\.kind to one of 'CT CHEST 5MM' \(2\), "
+    ):
         manifest.read(root, volumes=True, kind="MR")
     slices = manifest.read(root).rows
     assert len(slices) == 12 and {r.patient for r in slices} == {"LUNG-001", "LUNG-002"}

@@ -93,9 +93,19 @@ def test_it_looks_when_a_look_is_needed(tmp_path):
     """Splits that are empty or contradict each other, images without a patient, bad files and lines: all in one look."""
     folder_of(tmp_path, [(f"p{i}.png", picture) for i, picture in enumerate(pictures(6))])
     (tmp_path / "images" / "p90.png").write_bytes(b"")
-    rows = ["p0.png,1,train", "p1.png,1,val", "p2.png,2,train", "p3.png,3,train", "p4.png,,train", "p90.png,5,val", ",6,"]
+    rows = [
+        "p0.png,1,train",
+        "p1.png,1,val",
+        "p2.png,2,train",
+        "p3.png,3,train",
+        "p4.png,,train",
+        "p90.png,5,val",
+        ",6,",
+    ]
     (tmp_path / "images" / "manifest.csv").write_text("\n".join(["path,patient_id,split", *rows, "p5.png,7"]) + "\n")
-    shares = [f"--config.data.fractions.{name}={share}" for name, share in (("train", 1.0), ("select", 0.0), ("control", 0.0))]
+    shares = [
+        f"--config.data.fractions.{name}={share}" for name, share in (("train", 1.0), ("select", 0.0), ("control", 0.0))
+    ]
     where = [f"--config.data.path={tmp_path / 'images'}", "--config.data.size=(24, 24)", *shares]
     done = run(tmp_path, *where, "--config.data.fractions.val=0.0")
     assert done.returncode == 1 and done.stderr == "", done.stderr
@@ -107,7 +117,9 @@ def test_it_looks_when_a_look_is_needed(tmp_path):
     with open(tmp_path / "look.left_out.csv") as listing:
         lines = [row["problem"] for row in csv.DictReader(listing)]
     assert len(lines) == 3 and any("the file is empty" in line for line in lines)
-    assert any("has no path" in line for line in lines) and any("has not the header's 3 fields" in line for line in lines)
+    assert any("has no path" in line for line in lines) and any(
+        "has not the header's 3 fields" in line for line in lines
+    )
     with PIL.Image.open(tmp_path / "look.png") as sheet:
         assert np.asarray(sheet).std() > 10
     (tmp_path / "images" / "manifest.csv").write_text("path,patient_id\np0.png,1\np1.png,2\n")

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,6 +11,7 @@ import data
 import main
 from configs import brain
 from launch import stage
+from tests.conftest import make_mesh
 
 RNG = np.random.default_rng(0)
 
@@ -26,7 +28,9 @@ def test_a_stage_of_other_images_is_refused(tmp_path):
     with claim("a" * 20), claim("a" * 20):
         pass
     assert json.loads((tmp_path / "detector" / "settings.json").read_text())["data.content"] == "a" * 20
-    with pytest.raises(ValueError, match=r"other images or patients than data\.path holds now .*: use another --workdir"):
+    with pytest.raises(
+        ValueError, match=r"other images or patients than data\.path holds now .*: use another --workdir"
+    ):
         claim("b" * 20).__enter__()
     with pytest.raises(ValueError, match="other images or patients"):  # made before it was known of what
         settings = json.loads((tmp_path / "detector" / "settings.json").read_text())
@@ -94,8 +98,9 @@ def two_channels(tmp_path_factory):
     config = config_of(root, path=str(root / "m.csv"), size=(16, 16), channels=2)
     config.autoencoder.update(widths=(8,), strides=())
     config.audit.spaces = ("detector alone", "pixels", "SSIM", "latents")
-    main.train(config, root / "run")
-    main.sample(config, root / "run")
+    with jax.set_mesh(make_mesh(8, 1)):
+        main.train(config, root / "run")
+        main.sample(config, root / "run")
     return root, config, lines
 
 
@@ -119,7 +124,9 @@ def test_another_split_of_the_same_images_is_refused(two_channels):
     try:
         (root / "m.csv").write_text("\n".join(["path,patient_id,split", *changed]))
         for mode, folder in ((main.audit, "autoencoder"), (main.train, "autoencoder")):
-            with pytest.raises(ValueError, match=rf"run/{folder} was made with other images or patients than data\.path"):
+            with pytest.raises(
+                ValueError, match=rf"run/{folder} was made with other images or patients than data\.path"
+            ):
                 mode(config, root / "run")
         assert (root / "run" / "data.json").read_text() == before
     finally:

@@ -176,7 +176,9 @@ def test_a_kill_at_the_very_end_leaves_what_can_be_used(tmp_path, monkeypatch):
     assert rmtree is prepare.shutil.rmtree
     late = made(square, tmp_path / "other", on_error="skip")
     assert late[1:] == done[1:] and len(builder.Stored(late.folder, np.arange(99))) == 99
-    np.testing.assert_array_equal(builder.Stored(late.folder, np.arange(99))[98], builder.Stored(done.folder, np.arange(99))[98])
+    np.testing.assert_array_equal(
+        builder.Stored(late.folder, np.arange(99))[98], builder.Stored(done.folder, np.arange(99))[98]
+    )
 
 
 def test_old_remains_are_forgotten(tmp_path):

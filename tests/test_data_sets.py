@@ -11,7 +11,7 @@ import SimpleITK
 from absl import logging
 
 import data
-from data import cohort, files, readers, sets
+from data import cohort, files, readers
 
 RNG = np.random.default_rng(0)
 STEP = np.repeat(np.array([0, 255], np.uint8), 32).reshape(8, 8)
@@ -96,7 +96,9 @@ def test_a_file_changed_in_place_is_read_again(load, folder, reads):
 def test_a_header_is_stale_when_its_numbers_change(tmp_path, name):
     (tmp_path / "x").mkdir()
     volume = RNG.integers(0, 256, (4, 5, 6), dtype=np.uint8)
-    how = dict(path=tmp_path / "x", patients="per_image", fractions={"train": 1.0}, size=(4, 5, 6), cache=tmp_path / "c")
+    how = dict(
+        path=tmp_path / "x", patients="per_image", fractions={"train": 1.0}, size=(4, 5, 6), cache=tmp_path / "c"
+    )
     for array in (volume, 255 - volume):
         header = tmp_path / "x" / name
         there = header.read_bytes() if header.exists() else None
@@ -129,8 +131,8 @@ def test_the_files_that_a_header_names(tmp_path, line, names):
 def test_another_decoder_is_another_cache(load, reads, monkeypatch):
     load()
     reads.clear()
-    real = sets._version
-    monkeypatch.setattr(sets, "_version", lambda name: "999" if name == "pillow" else real(name))
+    real = data.sets._version
+    monkeypatch.setattr(data.sets, "_version", lambda name: "999" if name == "pillow" else real(name))
     load()
     assert len(reads) == 60 and real("pillow") and real("no such") is None
 
@@ -167,7 +169,9 @@ def test_content_is_who_is_in_a_split_and_the_pixels(load, folder, tmp_path):
     trained, held = sets["train"].ids[0], sets["val"].ids[0]
     PIL.Image.fromarray(STEP).save(moved / held)  # an unseen patient's image is another
     assert of("train", "select", path=moved) == before and of("val", "control", path=moved) != unseen
-    PIL.Image.fromarray(RNG.integers(0, 65536, (8, 8), dtype=np.uint16)).save(moved / held)  # so all are kept at 16 bits
+    PIL.Image.fromarray(RNG.integers(0, 65536, (8, 8), dtype=np.uint16)).save(
+        moved / held
+    )  # so all are kept at 16 bits
     assert of("train", "select", path=moved) == before
     PIL.Image.fromarray(STEP).save(moved / trained)
     replaced = of("train", "select", path=moved)

@@ -99,7 +99,9 @@ def test_another_spacing_is_resampled_to_the_datas(tmp_path, read):
 
 def test_an_unknown_spacing_is_said(tmp_path, read):
     made = read(put(tmp_path / "x"), spacing=(0.4, 0.4))
-    assert made.notes[0].startswith("7 of 7 synthetic images do not say their spacing, which is taken for that of the data")
+    assert made.notes[0].startswith(
+        "7 of 7 synthetic images do not say their spacing, which is taken for that of the data"
+    )
     np.testing.assert_allclose(np.stack(list(made.images)), scaled(IMAGES), atol=1e-6)
     assert read(tmp_path / "x").notes == ()
 
@@ -152,7 +154,12 @@ def test_real_images_left_out_are_in_the_notes(tmp_path):
     nibabel.save(nibabel.Nifti1Image(IMAGES[0][..., None], np.eye(4)), folder / "z.img.nii")
     (folder / "cut.png").write_bytes(b"")
     sets = data.load(
-        path=folder, patients="per_image", size=(12, 16), on_error="skip", fractions={"train": 1.0}, cache=tmp_path / "c"
+        path=folder,
+        patients="per_image",
+        size=(12, 16),
+        on_error="skip",
+        fractions={"train": 1.0},
+        cache=tmp_path / "c",
     )
     notes = sets["train"].notes
     assert any(note.startswith("1 files are of kinds that are not read: .bmp (1)") for note in notes)
