@@ -29,7 +29,7 @@ from launch import checkpoint, cost, log, loop, machine, mesh, stage
 from ldm import controls, imagenet
 
 PER_IMAGE = (
-    "every image counts as a patient of its own (data.patients='per_image'): if patients have several images, "
+    "every image counts as a patient of its own (data.patients='per_image'); if patients have several images, "
     "training and unseen images are related, intervals are too narrow, and memorization is understated"
 )
 MODES = ("train", "sample", "audit")
@@ -61,11 +61,15 @@ def main(argv: list[str]) -> int:
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """The generator's stages, then the copy detector; stages that are done are skipped."""
+    form_of(config, workdir)  # samples that cannot be written are refused before anything is read
     sets = data.load(**config.data.to_dict())
-    checkpoint.write_json(workdir / "data.json", {"spacing": sets["train"].spacing, "window": sets["train"].window})
+    content = data.content(sets, *LEARNED)
     generator = build_generator(config, workdir)
     for name in ldm.stages(config.generator):
-        with claim(config, workdir / name, *made_of(config, name), grow=GROW.get(name, ())):
+        with claim(config, workdir / name, content, *made_of(config, name), grow=GROW.get(name, ())):
+            said = {name: getattr(sets["train"], name) for name in ("spacing", "window", "top", "affine")}
+            said |= {"intensity": config.data.intensity, "content": content}
+            checkpoint.write_json(workdir / "data.json", said)
             ldm.train(
                 generator,
                 name,
@@ -85,7 +89,9 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     """Image files `samples/000000.*` and on, as `sample.format` says; those that exist are kept."""
     folder, form, last = workdir / "samples", form_of(config, workdir), ldm.stages(config.generator)[-1]
     draw, source = drawing(config, build_generator(config, workdir))
-    stage.claim(folder, settings_of(config, *made_of(config, last), "sample"), grow=("sample.n",))
+    content = (stage.made_with(workdir / last) or {}).get(stage.CONTENT)  # of what the generator learned from
+    settings = settings_of(config, *made_of(config, last), "sample") | {stage.CONTENT: content}
+    stage.claim(folder, settings, grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
     missing = absent(paths)
     if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
@@ -123,13 +129,19 @@ def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Seq
 def audit(config: ConfigDict, workdir: Path) -> int:
     """Compares synthetic images, ours or any folder's, with the training images; writes `audit/` and `quality.json`."""
     settings = config.audit.to_dict()
-    own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings", "register", "bf16")
-    foreign, release, exit_code, beside, member, vectors, candidates, bf16 = (settings.pop(name) for name in own)
-    sets = data.load(**config.data.to_dict())
+    own = ("synthetic", "reading", "release", "exit_code", "spaces", "membership", "embeddings", "register", "bf16")
+    foreign, reading, release, exit_code, beside, member, vectors, candidates, bf16 = (
+        settings.pop(name) for name in own
+    )
     ours = foreign is None
     source = workdir / "samples" if ours else Path(foreign).expanduser()
-    reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
-    synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config, workdir).reading} if ours else {}))
+    if release and source.is_file():
+        raise ValueError(f"{source}: audit.release copies files, and this is one: save its images one by one")
+    sets = data.load(**config.data.to_dict())
+    if ours:  # else who trained the generator might be among the unseen patients
+        for made in (*ldm.stages(config.generator), "samples"):
+            stage.check(workdir / made, {stage.CONTENT: data.content(sets, *LEARNED)})
+    synthetic = data.read_folder(source, **reading_of(config, workdir, reading if not ours else None))
     given = {}
     if vectors:
         ids = {"train": sets["train"].ids, "val": sets["val"].ids, "synthetic": synthetic.ids}
@@ -169,7 +181,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         source=source,
         in_order=data.in_order,
         folder=workdir / "audit",
-        caveats=([PER_IMAGE] if config.data.patients == "per_image" else []) + list(sets["train"].notes),
+        caveats=caveats_of(config, sets, synthetic),
         release_to=Path(release).expanduser() if release else None,
         seed=config.seed,
         **settings,
@@ -202,8 +214,8 @@ def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.Image
 
 def train_detector(config: ConfigDict, folder: Path, sets: dict, purpose: int) -> detection.Detector:
     """The copy detector in `folder`, trained unless it is there; another `purpose` is another seed."""
-    model = detection.build((*config.data.size, 1), folder, **detector_of(config))
-    with claim(config, folder, "detector", "train.detector"):
+    model = detection.build(shape_of(config), folder, **detector_of(config))
+    with claim(config, folder, data.content(sets, "train", config.detector.select_on), "detector", "train.detector"):
         detection.train(
             model,
             sets["train"].images,
@@ -231,7 +243,7 @@ def dry_run(config: ConfigDict) -> int:
         one = cost.of(s.task, batch, tx=s.tx, prepare=s.prepare, **extra, **layout)
         found[name] = cost.Stage(one, settings["steps"], stage.key_of(settings_of(config, *made_of(config, name))))
     settings = config.train.detector.to_dict()
-    model = detection.build((*config.data.size, 1), Path(), **detector_of(config))
+    model = detection.build(shape_of(config), Path(), **detector_of(config))
     item = jax.ShapeDtypeStruct(model.image_shape, np.float32)
     task = detection.task(model, augmentation(config.detector.augment), config.detector.both)
     tx = loop.optimiser(steps=settings["steps"], **settings["optimiser"])
@@ -259,6 +271,7 @@ MODELS = {
     "gan": ("gan",),
 }
 PURPOSE = {"autoencoder": 0, "diffusion": 1, "vae": 7, "gan": 8}  # of the seed; the others are detectors and samples
+LEARNED = ("train", "select")  # splits that the generator has seen
 GROW = {"diffusion": ("train.diffusion.steps",)}
 
 
@@ -272,7 +285,7 @@ def made_of(config: ConfigDict, last: str) -> list[str]:
 def build_generator(config: ConfigDict, workdir: Path) -> ldm.Generator:
     return ldm.build(
         config.generator,
-        (*config.data.size, 1),
+        shape_of(config),
         workdir,
         first=config[ldm.stages(config.generator)[0]].to_dict(),
         net=config.unet.to_dict(),
@@ -293,10 +306,37 @@ def detector_of(config: ConfigDict) -> dict:
 
 
 def form_of(config: ConfigDict, workdir: Path) -> export.Form:
-    """How samples are stored: invertible, so that an audit reads back what was sampled, in the training data's spacing."""
-    said = workdir / "data.json"
-    spacing = json.loads(said.read_text())["spacing"] if said.exists() else None
-    return export.form(config.sample.format, config.data.size, intensity=config.data.intensity, spacing=spacing)
+    """How samples are stored: invertible, so that an audit reads back what was sampled, in the training data's units,
+    and lying as the training data lies."""
+    path = workdir / "data.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    form = {"channels": config.data.channels, "intensity": config.data.intensity}
+    form |= {name: said.get(name) for name in ("spacing", "top")}
+    if said.get("affine"):
+        form["affine"] = export.placed(np.array(said["affine"]), config.data.size)
+    return export.form(config.sample.format, config.data.size, **form)
+
+
+def reading_of(config: ConfigDict, workdir: Path, foreign: dict | None) -> dict:
+    """How synthetic images are read: ours as they were written; others as the data, but for what `foreign` says."""
+    same = {name: config.data[name] for name in ("size", "channels", "fit", "on_error", "cache", "workers")}
+    if foreign is None:
+        return same | {"intensity": form_of(config, workdir).reading}
+    return same | {name: config.data[name] if value is None else value for name, value in foreign.items()}
+
+
+def caveats_of(config: ConfigDict, sets: dict, synthetic: data.ImageSet) -> list[str]:
+    """What the reader must know of the images, real and synthetic; names of files only after the first ': ' of each."""
+    said = [PER_IMAGE] if config.data.patients == "per_image" else []
+    real, made = sets["train"].spacing, synthetic.spacing
+    if real and made and len(real) == len(made) and not np.allclose(real, made, rtol=0.05):
+        mm = " x ".join(f"{length:.3g}" for length in made), " x ".join(f"{length:.3g}" for length in real)
+        said.append(f"voxels of the synthetic images are {mm[0]} mm and the data's {mm[1]} mm: set data.spacing")
+    return list(dict.fromkeys([*said, *sets["train"].notes, *synthetic.notes]))
+
+
+def shape_of(config: ConfigDict) -> tuple[int, ...]:
+    return (*config.data.size, config.data.channels)
 
 
 def augmentation(section: ConfigDict):
@@ -326,9 +366,13 @@ def settings_of(config: ConfigDict, *sections: str) -> dict:
 
 
 @contextlib.contextmanager
-def claim(config: ConfigDict, folder: Path, *sections: str, grow: tuple[str, ...] = ()) -> Iterator[None]:
-    """`with claim(...)`: train a stage that may be shared; refuses a folder made with other settings."""
-    settings = settings_of(config, *sections)
+def claim(config: ConfigDict, folder: Path, content: str, *sections: str, grow: tuple[str, ...] = ()) -> Iterator[None]:
+    """`with claim(...)`: train a stage that may be shared; refuses a folder made with other settings, or of other images.
+
+    Args:
+      content: of the images that the stage learns from, see `data.content`.
+    """
+    settings = settings_of(config, *sections) | {stage.CONTENT: content}
     with stage.shared(folder, settings, config.share and Path(config.share).expanduser()):
         stage.claim(folder, settings, grow)
         yield

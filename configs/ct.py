@@ -5,7 +5,10 @@
 
 PATH is a tree of DICOM series, a folder of NIfTI, NRRD or MHA volumes (with `--config.data.patient_pattern`), or a CSV
 with path,patient_id. centres.csv has a line for each sub-volume: path,z,y,x and, if wanted, name,unit; `unit` is voxel or
-mm. The sub-volumes of a patient stay together. `python -m data` shows them before anything is trained.
+mm; `path` is the volume's file relative to PATH ('a/scan.nii.gz'), of a DICOM series its folder ('patient/study/series'),
+or FOLDER#SERIESINSTANCEUID where a folder holds several. The sub-volumes of a patient stay together. `python -m data`
+shows them before anything is trained. Without centres nothing runs; `--config.data.centres=none` takes the middle of whole
+volumes.
 
 Settings are for a few hundred sub-volumes of coronary CT angiography on a grid of 0.4 mm: for other organs, set
 `data.spacing` and `data.intensity`, and the steps for other numbers. The paper's set is private, its exact spacing and
@@ -33,6 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = default.get_config()
     # HU: fat and lung are dark, calcium is not cut off
     config.data.update(size=(64, 64, 64), spacing=(0.4, 0.4, 0.4), intensity="window:-200:1000", fit="exact")
+    config.data.centres = ""  # must be given
     if variant == "tiny":
         default.volumes(config)
         config.data.update(size=(24, 24, 24), spacing=(1.0, 1.0, 1.0))

@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # how numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH' (in the
     # files' units), 'header' (the window that the file recommends)
     data.intensity = "type"
-    data.channels = 1
+    data.channels = 1  # of an image, up to 4: 3 for colour, or as many as data.kind names sequences
     data.channel = config_dict.placeholder(int)  # of files with several channels (4D), only this one
     # an image of another shape: 'pad' or 'crop' to the aspect of `size` and resample; 'stretch'; or 'exact': cropped and
     # padded about the centre, voxel for voxel
@@ -53,7 +53,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data.spacing = config_dict.placeholder(tuple)
     # 2D images of volumes: 'AXIS:START:STOP:EVERY', as 'z', 'z:40:80', 'x:25%:75%:2'; z axial, y coronal, x sagittal
     data.slices = config_dict.placeholder(str)
-    # sub-volumes of `size` instead of whole volumes: a CSV with path,z,y,x of their centres and, if wanted, name,unit
+    # sub-volumes of `size` instead of whole volumes: a CSV with path,z,y,x of their centres and, if wanted, name,unit;
+    # 'none': whole volumes with a config that cuts sub-volumes
     data.centres = config_dict.placeholder(str)
     # at most so many images of a split
     data.limit = ConfigDict({"train": config_dict.placeholder(int), "val": config_dict.placeholder(int)})
@@ -69,7 +70,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
-    data.seed = 0  # of that hash: another seed is another partition, as for cross-validation
+    data.seed = 0  # of that hash: another seed is another partition
+    # five-fold cross-validation: the patients in train and val are cut in five, and this fifth (0 to 4) is val
+    data.fold = config_dict.placeholder(int)
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
     cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 600})
     cohort.scans = 1  # scans per subject: same anatomy, new noise and bias field
@@ -209,7 +212,16 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.audit = ConfigDict(
         {
-            "synthetic": config_dict.placeholder(str),  # folder of synthetic images; None: our own samples
+            # folder of synthetic images, or an .npy or .npz of many along its first axis; None: our own samples
+            "synthetic": config_dict.placeholder(str),
+            # how they are read, by the keys of `data` of the same names; None: as the data
+            "reading": {
+                "intensity": config_dict.placeholder(str),
+                "fit": config_dict.placeholder(str),
+                "spacing": config_dict.placeholder(tuple),
+                "channel": config_dict.placeholder(int),
+                "slices": config_dict.placeholder(str),
+            },
             "fdr": 0.05,  # false-discovery rate of the calibrated test
             "percentile": 95.0,  # of the paper's rule
             "pairs": 16,  # most similar pairs in the picture

@@ -3,6 +3,8 @@
     python main.py --config=configs/xray.py --config.data.path=NIH --mode=train,sample,audit --workdir=runs/xray
 
 NIH is a folder with Data_Entry*.csv and images*/, an image folder, or a CSV manifest. Default: 64x64, two cores, minutes.
+Where NIH's train_val_list.txt and test_list.txt lie in it, they are the split: patients of the first train, those of the second
+are unseen; `--config.data.splits=hash` leaves them out of account.
 
 `:compare` is for the comparison of generators in RESULTS.md, each with `--config.generator=ldm`, `vae` and `gan`: few
 training images, so that what memorizes does so within minutes, and as many training steps as give each the same FLOPs by

@@ -36,7 +36,7 @@ def medmnist(path: str, ask: Ask) -> Manifest:
             item = f"{split}_images/{i}"
             row = Row(f"{name}#{split}/{i:06d}", split=SPLITS[split], label=label, parts=(name,), item=item)
             rows.append(row)
-    return Manifest(os.path.dirname(path) or ".", rows, [f"{path}: MedMNIST says no patients"])
+    return Manifest(os.path.dirname(path) or ".", rows, [f"MedMNIST says no patients: {path}"])
 
 
 def tfds(path: str, ask: Ask) -> Manifest:

@@ -68,6 +68,7 @@ def read(paths: Sequence[str]) -> readers.Pixels:
         raise readers.Refused("its slices differ in shape or photometry; list its images one by one")
     rescaled = any(f.rescale != (1.0, 0.0) for f in frames)
     slices = [f.array * np.float32(f.rescale[0]) + np.float32(f.rescale[1]) if rescaled else f.array for f in frames]
+    slices = _without_padding(slices, [f.padding for f in frames], first.inverted)
     known = {"window": first.window, "inverted": first.inverted}
     if len(frames) == 1:
         pixels = readers.typed(slices[0], first.colour, spacing=first.spacing, **known)
@@ -82,7 +83,8 @@ def read(paths: Sequence[str]) -> readers.Pixels:
 
 
 class _Frame(NamedTuple):
-    array: np.ndarray  # (H, W) or (H, W, C), as stored
+    array: np.ndarray  # (H, W) or (H, W, C), as stored, but for tables of values or colours, which are looked up
+    padding: np.ndarray | None  # (H, W) where pixels are no image, where the header says so
     bits: int
     colour: bool
     inverted: bool
@@ -95,6 +97,7 @@ class _Frame(NamedTuple):
 
 def _frames(path: str) -> list[_Frame]:
     import pydicom
+    import pydicom.pixels
 
     file = pydicom.dcmread(path)
     if not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(file.dir()):
@@ -104,6 +107,15 @@ def _frames(path: str) -> list[_Frame]:
     readers.plausible(float(file.Rows) * file.Columns * count * file.SamplesPerPixel * file.BitsAllocated / 8, path)
     array = _pixels(path, file).reshape(count, file.Rows, file.Columns, *[3] * colour)
     bits = int(file.get("BitsStored", file.BitsAllocated))
+    padding = _padding(file, array) if not colour else None
+    if file.PhotometricInterpretation == "PALETTE COLOR":
+        array, colour, padding = pydicom.pixels.apply_color_lut(array, file), True, None
+        bits = 8 * array.itemsize
+    table = file.get("ModalityLUTSequence") if file.PhotometricInterpretation != "PALETTE COLOR" else None
+    if table:
+        entries, start, bits = map(int, table[0].LUTDescriptor)
+        table[0].LUTDescriptor = [entries, start, 8 if bits == 8 else 16]  # else pydicom asks NumPy for 12 bits
+        array = pydicom.pixels.apply_modality_lut(array, file)
     groups = file.get("PerFrameFunctionalGroupsSequence") or [None] * count
     if len(groups) != count:
         raise readers.Refused("says another number of frames than it has; remove it")
@@ -111,10 +123,11 @@ def _frames(path: str) -> list[_Frame]:
     return [
         _Frame(
             array[i],
+            None if padding is None else padding[i],
             bits,
             colour,
             inverted=file.PhotometricInterpretation == "MONOCHROME1",
-            rescale=_rescale([group, shared[0], file]),
+            rescale=(1.0, 0.0) if table else _rescale([group, shared[0], file]),
             window=_window([group, shared[0], file]),
             spacing=_spacing([group, shared[0], file]),
             axes=_axes(_macro([group, shared[0], file], "PlaneOrientationSequence")),
@@ -122,6 +135,28 @@ def _frames(path: str) -> list[_Frame]:
         )
         for i, group in enumerate(groups)
     ]
+
+
+def _padding(file, array: np.ndarray) -> np.ndarray | None:
+    """Where stored numbers are PixelPaddingValue, or between it and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2)."""
+    ends = [_numbers(file, name, 1) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if ends[0] is None:
+        return None
+    one, other = (float(end[0]) for end in (ends[0], ends[0] if ends[1] is None else ends[1]))
+    return (array >= min(one, other)) & (array <= max(one, other))
+
+
+def _without_padding(
+    slices: list[np.ndarray], padding: Sequence[np.ndarray | None], inverted: bool
+) -> list[np.ndarray]:
+    """Padding becomes as dark as the darkest of the image, so that it neither widens the range nor shows."""
+    padded = [where is not None and where.any() for where in padding]
+    real = [s[~where] if pads else s for s, where, pads in zip(slices, padding, padded, strict=True)]
+    real = [values for values in real if values.size]
+    if not any(padded) or not real:
+        return slices
+    dark = max(v.max() for v in real) if inverted else min(v.min() for v in real)
+    return [np.where(where, dark, s) if pads else s for s, where, pads in zip(slices, padding, padded, strict=True)]
 
 
 # Among the decoders that pydicom knows, those that raise at damaged files where others end the process.
@@ -182,9 +217,8 @@ def _rescale(levels: Sequence) -> tuple[float, float]:
 def _window(levels: Sequence) -> tuple[float, float] | None:
     """Ends of the first window that the header recommends, in rescaled units (PS3.3 C.11.2.1.2)."""
     where = _macro(levels, "FrameVOILUTSequence")
-    centre, width = (
-        np.atleast_1d(np.array(where.get(name) or [], np.float64)) for name in ("WindowCenter", "WindowWidth")
-    )
+    said = [where.get(name) for name in ("WindowCenter", "WindowWidth")]
+    centre, width = (np.atleast_1d(np.array([] if value is None else value, np.float64)) for value in said)
     if not centre.size or not width.size or not width[0] > 0 or where.get("VOILUTFunction", "LINEAR") == "SIGMOID":
         return None
     shift = 0.0 if where.get("VOILUTFunction") == "LINEAR_EXACT" else 0.5

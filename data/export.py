@@ -7,7 +7,7 @@ The intensity policy of the data set is inverted where it is global, so that a s
 | 'png8', 'png16' | LO to HI over the whole integer range | the whole integer range | [-1, 1] over the whole integer range |
 | 'nifti', 'npy' | float32, in the data's units | integers from 0 to `top` | float32 in [-1, 1] |
 
-'auto' is 'png8' in 2D and 'nifti' in 3D. What is stored as integers is off by half a step at most.
+'auto' is 'png8' in 2D ('npy' of two or four channels) and 'nifti' in 3D. What is stored as integers is off by half a step at most.
 """
 
 import os
@@ -60,13 +60,12 @@ def form(
     if kind not in FORMATS:
         raise ValueError(f"config.sample.format must be one of {', '.join(FORMATS)}, not {kind!r}")
     rank = len(size)
-    kind = ("png8" if rank == 2 else "nifti") if kind == "auto" else kind
+    if kind == "auto":
+        kind = "nifti" if rank == 3 else "png8" if channels in (1, 3) else "npy"
     possible = {"png8": rank == 2 and channels in (1, 3), "png16": rank == 2 and channels == 1}
     if not possible.get(kind, channels <= 4):
-        other = "npy" if kind == "nifti" else "nifti or npy"
-        raise ValueError(
-            f"config.sample.format={kind!r} cannot hold {rank}D images of {channels} channels; use {other}"
-        )
+        mend = "use nifti or npy" if channels <= 4 else "no format of ours holds more than 4, so lower data.channels"
+        raise ValueError(f"config.sample.format={kind!r} cannot hold {rank}D images of {channels} channels; {mend}")
     policy, *bounds = files.parse_intensity(intensity)
     deep = 65535 if top is None or top > 255 else 255
     if kind.startswith("png"):
@@ -84,6 +83,14 @@ def form(
         affine[:3, 3] = [-mm * (n - 1) / 2 for mm, n in zip(step, extent, strict=True)]
     reading = "type" if whole else f"window:{low!r}:{high!r}"
     return Form(kind, SUFFIXES[kind], dtype, float(low), float(high), np.asarray(affine, float), reading)
+
+
+def placed(affine: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """`Form.affine` of volumes of `size` that lie as a data set's `affine` says, which is of `ImageSet`."""
+    (_, h, w), turned = size, np.zeros((4, 4))
+    turned[0, 2], turned[1, 1], turned[2, 0], turned[3, 3] = 1, -1, -1, 1  # index of NIfTI's array -> of ours
+    turned[1:3, 3] = h - 1, w - 1
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine @ turned
 
 
 def write_image(path: Path, image: np.ndarray, form: Form) -> None:

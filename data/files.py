@@ -24,6 +24,8 @@ class Image(NamedTuple):
     resized: bool  # the file had another shape
     spacing: tuple[float, ...] | None = None  # mm between the voxels of `array`, where the file says its own
     part: str = ""  # of a file with several: what to add to the id, '#z012'
+    top: float | None = None  # by their type the file's numbers run from 0 to that
+    affine: np.ndarray | None = None  # of a whole volume that says it: (4, 4), as of `Pixels`, for indices of `array`
 
 
 def read_image(path: str, *, size: Sequence[int], **settings) -> Image:
@@ -43,6 +45,7 @@ def read_images(
     fit: str = "pad",
     spacing: Sequence[float] | None = None,
     slices: str | None = None,
+    lenient: bool = False,
 ) -> Iterator[Image]:
     """Reads a file, or the files of a series, into the project's form.
 
@@ -57,6 +60,9 @@ def read_images(
       spacing: mm between voxels, for each axis of `size`: `fit` is meant on a grid of this spacing, with a single
         resampling. None: the file's own voxels.
       slices: of volumes, these sections as 2D images; see `parse_slices`. Constant ones, outside the body, are not given.
+        Coronal and sagittal ones have superior above, where the file says how it lies.
+      lenient: of what generators write: a 2D image needs no slicing, and one that does not say its spacing is taken for one
+        on the grid of `spacing` and has none in the result.
     Yields:
       One image, or one for each slice or centre.
     Raises:
@@ -64,8 +70,11 @@ def read_images(
     """
     with _one_line(row, root):
         pixels = _read(row, root)
+        if lenient and sum(n > 1 for n in pixels.array.shape[:-1]) <= 2:
+            slices = None
         rank = 3 if slices or row.centres else len(size)
         pixels = _one_image(_take_channel(pixels, channel), rank, channels)
+        spacing = None if lenient and pixels.spacing is None else spacing
         array, eight_bit = _scale(pixels, intensity), pixels.array.dtype == np.uint8
         if np.ptp(array) == 0:
             raise Refused("is constant, so it shows nothing; remove it, or widen data.intensity if that is a window")
@@ -74,17 +83,20 @@ def read_images(
             in_plane = pixels.spacing and pixels.spacing[:axis] + pixels.spacing[axis + 1 :]
             for index in chosen:
                 picture = array.take(index, axis)
+                if axis and pixels.affine is not None:  # D runs upwards, the rows of a picture downwards
+                    picture = picture[::-1]
                 if np.ptp(picture):
                     image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
-                    yield image._replace(part=f"#{'zyx'[axis]}{index:03d}")
+                    yield image._replace(top=pixels.top, part=f"#{'zyx'[axis]}{index:03d}")
         elif row.centres:
             for label, *centre in row.centres:
                 image = _around(array, pixels, centre, tuple(size), spacing)
                 if np.ptp(image.array) == 0:
                     raise Refused(f"the sub-volume {label} is constant; correct its centre or widen data.intensity")
-                yield image._replace(eight_bit=eight_bit, part=f"#{label}")
+                yield image._replace(eight_bit=eight_bit, top=pixels.top, part=f"#{label}")
         else:
-            yield _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit)
+            image = _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit, pixels.affine)
+            yield image._replace(top=pixels.top)
 
 
 def raw(row: Row, root: str = "") -> Pixels:
@@ -248,16 +260,17 @@ def _scale(pixels: Pixels, intensity) -> np.ndarray:
 # ---- geometry
 
 
-def _fit(array, size, fit, own, wanted, eight_bit) -> Image:
+def _fit(array, size, fit, own, wanted, eight_bit, affine=None) -> Image:
     """The whole of (*shape, C) as `size`; `own` and `wanted` are the spacings of the file and of the grid."""
     shape = array.shape[:-1]
     scale = _scale_of(own, wanted) if wanted else None
     spans = geometry.spans_of(shape, size, fit, scale)
     spacing = own and tuple(mm * span / new for mm, span, new in zip(own, spans, size, strict=True))
+    affine = geometry.framed(affine, shape, size, spans) if affine is not None and len(size) == 3 else None
     if shape == size == tuple(spans):
-        return Image(array, eight_bit, False, spacing)
+        return Image(array, eight_bit, False, spacing, affine=affine)
     fitted = np.clip(geometry.resample(array, size, spans), -1, 1)  # the filter's rounding may step out
-    return Image(fitted, eight_bit, True, spacing)
+    return Image(fitted, eight_bit, True, spacing, affine=affine)
 
 
 def _around(array, pixels: Pixels, centre, size, wanted) -> Image:

@@ -58,6 +58,15 @@ def spans_of(
     return [new * factor * k for new, k in zip(size, scale, strict=True)]
 
 
+def framed(affine: np.ndarray, shape: Sequence[int], size: Sequence[int], spans: Sequence[int | float]) -> np.ndarray:
+    """The affine (4, 4) of what `resample` makes of an image of `shape` with this affine, about its centre."""
+    scale = np.array([span / new for span, new in zip(spans, size, strict=True)])
+    starts = np.array([_margin(old, span) for old, span in zip(shape, spans, strict=True)])
+    inner = np.diag([*scale, 1.0])
+    inner[:3, 3] = starts + scale / 2 - 0.5
+    return affine @ inner
+
+
 def starts_at(centre: Sequence[float], size: Sequence[int], spans: Sequence[float]) -> list[float]:
     """Starts of the frame about `centre`, an index into the image. Voxels that keep their size are not interpolated."""
     starts = [c + 0.5 - span / 2 for c, span in zip(centre, spans, strict=True)]

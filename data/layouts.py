@@ -3,10 +3,11 @@
 A layout is called with the path and an `Ask`. Where a collection says no patients, a note says what stands for one.
 """
 
+import collections
 import concurrent.futures
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -48,7 +49,10 @@ def _array(name: str, ask: Ask) -> str:
 
 
 def nih(path: str, ask: Ask) -> Manifest:
-    """NIH ChestX-ray14, whole or in part: Data_Entry*.csv with 'Image Index' and 'Patient ID'; files below images*/."""
+    """NIH ChestX-ray14, whole or in part: Data_Entry*.csv with 'Image Index' and 'Patient ID'; files below images*/.
+
+    Where its train_val_list.txt and test_list.txt are there, they are its split, by patient.
+    """
     tables = [name for name in os.listdir(path) if re.fullmatch(r"Data_Entry.*\.csv", name)]
     if len(tables) != 1:
         raise ValueError(f"{path}: the NIH layout has one Data_Entry*.csv, this has {len(tables)}; correct data.path")
@@ -56,11 +60,19 @@ def nih(path: str, ask: Ask) -> Manifest:
     folders = [f for f in sorted(os.listdir(path)) if f.startswith("images") and os.path.isdir(os.path.join(path, f))]
     found = {os.path.basename(p): f"{f}/{p}" for f in folders for p in image_files(os.path.join(path, f), ask)}
 
+    lists = {"train": os.path.join(path, "train_val_list.txt"), "test": os.path.join(path, "test_list.txt")}
+    split_of = {}
+    if all(map(os.path.isfile, lists.values())):
+        for split, names in lists.items():
+            with open(names, encoding="utf-8", errors="replace") as lines:
+                split_of |= dict.fromkeys(map(str.strip, lines), split)
+
     def listed():
         for line, record in records(entries, ask, "Image Index", "Patient ID"):
             name, patient = record["Image Index"], record["Patient ID"]
             if name and patient:
-                yield name, Row("", patient, record.get("Follow-up #", ""), label=record.get("Finding Labels", ""))
+                said = {"split": split_of.get(name, ""), "label": record.get("Finding Labels", "")}
+                yield name, Row("", patient, record.get("Follow-up #", ""), **said)
             else:
                 ask.refuse(f"{entries}: line {line} lacks its Image Index or Patient ID; fill it or remove the line")
 
@@ -129,7 +141,7 @@ def mrnet(path: str, ask: Ask) -> Manifest:
             if match := re.fullmatch(r"(axial|coronal|sagittal)/(\d+)\.npy", name):
                 row = Row(f"{part}/{name}", match[2], split={"valid": "val"}.get(part, part))
                 found.append((match[1], row))
-    notes = [f"{path}: MRNet says no patients; each exam counts as one"]
+    notes = [f"MRNet says no patients, so each exam counts as one: {path}"]
     return Manifest(path, choose(path, found, ask), notes)
 
 
@@ -163,14 +175,15 @@ def brats(path: str, ask: Ask) -> Manifest:
             rows.append(Row(files[wanted[0]], patient, study))
         else:
             rows.append(Row(case, patient, study, parts=tuple(files[kind] for kind in wanted)))
-    return Manifest(path, rows)
+    return Manifest(path, rows, [f"BraTS says no patients, so each case counts as one: {path}"])
 
 
 def decathlon(path: str, ask: Ask) -> Manifest:
     """Medical Segmentation Decathlon: imagesTr/hippocampus_001.nii.gz, imagesTs/..., or those files alone in a folder."""
     whole = any(os.path.isdir(os.path.join(path, f)) for f in ("imagesTr", "imagesTs"))
     pattern = rf"({'images(?:Tr|Ts)/' if whole else ''})((?:{DECATHLON})_\d+){NIFTI}"
-    return Manifest(path, [Row(m[0], m[2]) for m in _named(path, pattern, ask)])
+    notes = [f"the Decathlon says no patients, so each case counts as one: {path}"]
+    return Manifest(path, [Row(m[0], m[2]) for m in _named(path, pattern, ask)], notes)
 
 
 def bids(path: str, ask: Ask) -> Manifest:
@@ -194,7 +207,7 @@ def fastmri(path: str, ask: Ask) -> Manifest:
         elif said:
             match = re.search(r"(?:^|/)\w+_(train|val|test)(?:_\w+)?/", name)
             found.append((said[1], Row(name, said[0], os.path.basename(name), split=match[1] if match else "")))
-    notes = [f"{path}: {empty} files hold no reconstructed image (test sets) and are left out"] if empty else []
+    notes = [f"{empty} files hold no reconstructed image (test sets) and are left out: {path}"] if empty else []
     return Manifest(path, choose(path, found, ask), notes)
 
 
@@ -213,7 +226,8 @@ def dicoms(path: str, ask: Ask) -> Manifest:
     images = [(name, h) for name, h in zip(names, said, strict=True) if h and h.image]
     if not ask.volumes:
         place = lambda h: "" if h.place is None else f"{h.place:g}"
-        return Manifest(path, [Row(name, h.patient, h.study, place(h)) for name, h in images if fits(h.kind)])
+        rows = [Row(name, h.patient, h.study, place(h)) for name, h in images if fits(h.kind)]
+        return _of_kinds(path, rows, [h.kind for _, h in images], ask)
     series, folders = {}, {}
     for name, h in images:
         series.setdefault((h.patient, h.study, h.series, h.group), []).append((h.place or 0.0, name, h.kind))
@@ -228,7 +242,24 @@ def dicoms(path: str, ask: Ask) -> Manifest:
             name = where if where and len(inside) == 1 else f"{where}#{uid}".lstrip("#") + f".{again}" * bool(again)
             if fits(kind):
                 rows.append(row._replace(path=name))
-    return Manifest(path, sorted(rows))
+    return _of_kinds(path, sorted(rows), [kind for inside in folders.values() for kind, _, _ in inside], ask)
+
+
+def _of_kinds(path: str, rows: list[Row], kinds: list[str], ask: Ask) -> Manifest:
+    """A tree's rows; says so where they are of several kinds and nobody chose."""
+    counts = collections.Counter(kinds)
+    if ask.kind and not rows:
+        raise ValueError(f"{path}: no images of kind {ask.kind!r} here; set data.kind to one of {told(counts)}")
+    if ask.kind or len(counts) < 2:
+        return Manifest(path, rows)
+    note = f"{len(counts)} kinds of series are taken together, since data.kind is not set: {told(counts)} in {path}"
+    return Manifest(path, rows, [note], kinds=dict(counts))
+
+
+def told(kinds: Mapping[str, int]) -> str:
+    """'CT CHEST' (12), 'CT SCOUT' (12): the most frequent ones first."""
+    common = collections.Counter(kinds).most_common(8)
+    return ", ".join(f"{kind!r} ({count})" for kind, count in common) + ", ..." * (len(kinds) > 8)
 
 
 # ---- headers: what only opening a file tells

@@ -1,5 +1,6 @@
 """What every layout is made of: rows, the files below a folder, the lines of a table, and what is left out and said."""
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -11,7 +12,12 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from data import dicom
 from data.readers import READERS, suffix
+
+# What lies beside images and is none; files of other kinds that are left out are counted.
+BESIDE = {"", ".csv", ".tsv", ".json", ".txt", ".md", ".xml", ".yaml", ".yml", ".html", ".pdf", ".log", ".py"}
+BESIDE |= {".raw", ".zraw", ".gz", ".bval", ".bvec"}  # of detached headers, tables, diffusion series
 
 
 class Row(NamedTuple):
@@ -31,7 +37,9 @@ class Row(NamedTuple):
 class Manifest(NamedTuple):
     root: str  # folder that the rows' paths are relative to
     rows: list[Row]
-    notes: list[str] = []  # noqa: RUF012  one line each: what the user should know of
+    notes: list[str] = []  # noqa: RUF012  one line each: what the user should know of; names only after the first ': '
+    left_out: list[str] = []  # noqa: RUF012  one line for each file or line that cannot be used
+    kinds: dict[str, int] = {}  # noqa: RUF012  of series or files that were taken together unasked: how many of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Ask:
     skip: bool = False  # what cannot be used is left out and counted, not an error
     cache: str | None = None  # folder for what was read of headers
     left_out: list[str] = dataclasses.field(default_factory=list)
+    ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # suffix -> files not read
 
     def refuse(self, problem: str) -> None:
         """Raises ValueError of this one line, or counts it."""
@@ -68,7 +77,11 @@ def image_files(root: str, ask: Ask, wanted: Callable[[str], bool] | None = None
         inside = os.path.relpath(folder, root)
         for name in names:
             path = os.path.join(folder, name)
-            if name.startswith(".") or not (wanted(path) if wanted else suffix(name) in READERS):
+            if name.startswith("."):
+                continue
+            if not (wanted(path) if wanted else suffix(name) in READERS):
+                if suffix(name) not in BESIDE or (not suffix(name) and dicom.is_dicom(path)):
+                    ask.ignored[suffix(name) or "DICOM without a suffix"] += 1
                 continue
             name = os.path.normpath(os.path.join(inside, name)).replace(os.sep, "/")
             if not name.isascii() and name.encode(errors="replace").decode() != name:
@@ -112,10 +125,21 @@ def join(root: str, found: dict[str, str], listed: Iterator[tuple[str, Row]], ta
             named.add(name)
         else:
             absent += 1
-    notes = [f"{table}: {absent} of the images listed are not there and are left out"] if absent else []
+    notes = [f"{absent} of the images listed are not there and are left out: {table}"] if absent else []
     if extra := len(found) - len(named):
-        notes.append(f"{root}: {extra} images are not listed in {os.path.basename(table)} and are left out")
+        notes.append(f"{extra} images are not listed and are left out: {table}")
     return Manifest(root, sorted(rows), notes)
+
+
+def notes(root: str, ask: Ask) -> list[str]:
+    """What was left out in listing, as notes."""
+    said = []
+    if ask.left_out:
+        said.append(f"{len(ask.left_out)} files or lines are left out; the first: {ask.left_out[0]}")
+    if ask.ignored:
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(ask.ignored.items()))
+        said.append(f"{sum(ask.ignored.values())} files are of kinds that are not read: {kinds} in {root}")
+    return said
 
 
 def choose(root: str, found: list[tuple[str, Row]], ask: Ask) -> list[Row]:
@@ -130,6 +154,19 @@ def choose(root: str, found: list[tuple[str, Row]], ask: Ask) -> list[Row]:
     return [row for kind, row in found if kind in wanted]
 
 
+def private(folder: str) -> None:
+    """Makes a folder that only its owner reads: it holds patients' images and ids. One that is there stays as it is, but
+    for the default one.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    ours = not os.path.isdir(folder) or os.path.abspath(folder) == os.path.expanduser("~/.cache/facsimile")
+    os.makedirs(folder, exist_ok=True)
+    if ours:
+        os.chmod(folder, 0o700)
+
+
 def remember(ask: Ask, root: str, state: Any, make: Callable[[], Any]) -> Any:
     """make(), as JSON, from the cache if `root` is in the same `state` (JSON) as when it was put there."""
     if ask.cache is None:
@@ -141,7 +178,7 @@ def remember(ask: Ask, root: str, state: Any, make: Callable[[], Any]) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     result = make()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time and no more
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private(ask.cache)
         aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
         aside.write_text(json.dumps(result), encoding="utf-8")
         os.replace(aside, path)

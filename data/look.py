@@ -82,21 +82,36 @@ def raw(found: manifest.Manifest) -> list[str]:
     return lines
 
 
+def left_out(lines: Sequence[str], listing: Path) -> list[str]:
+    """Files and lines that cannot be used; all go into the CSV file `listing`, which is removed where there are none."""
+    if not lines:
+        listing.unlink(missing_ok=True)
+        return []
+    _write_csv(listing, [["file", "problem"], *(list(line.partition(": "))[::2] for line in lines)])
+    more = len(lines) - duplicates.LISTED
+    said = [f"left out   {len(lines)} files or lines that cannot be used. All: {listing}"]
+    said += [f"           {line}" for line in lines[: duplicates.LISTED]]
+    return said + [f"           and {more} more"] * (more > 0)
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", newline="", encoding="utf-8") as text:
+        csv.writer(text, lineterminator="\n").writerows(rows)
+    os.replace(aside, path)
+
+
 def alike(found: duplicates.Found, listing: Path) -> list[str]:
     """What is there twice; all pairs go into the CSV file `listing`, which is removed where there are none."""
     pairs = [(False, pair) for pair in found.pairs] + [(True, pair) for pair in found.accepted]
     if not pairs:
         listing.unlink(missing_ok=True)
         return ["the same   no image of one patient is also another's, neither inside a split nor across splits"]
-    aside = listing.with_name(f".{listing.name}.{os.getpid()}")
-    with open(aside, "w", newline="", encoding="utf-8") as text:
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["image", "split", "other", "other_split", "leak", "equal", "similarity", "accepted"])
-        for accepted, pair in pairs:
-            (a, b), (one, other) = pair.ids, pair.splits
-            flags = (int(pair.leak), int(pair.exact), f"{pair.similarity:.4f}", int(accepted))
-            rows.writerow([a, one, b, other, *flags])
-    os.replace(aside, listing)
+    rows = [["image", "split", "other", "other_split", "leak", "equal", "similarity", "accepted"]]
+    for accepted, pair in pairs:
+        (a, b), (one, other) = pair.ids, pair.splits
+        rows.append([a, one, b, other, int(pair.leak), int(pair.exact), f"{pair.similarity:.4f}", int(accepted)])
+    _write_csv(listing, rows)
     leaks = sum(pair.leak for _, pair in pairs)
     equal = sum(pair.exact for _, pair in pairs)
     lines = [

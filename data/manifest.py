@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from data import containers, dicom, layouts, readers
-from data.listing import Ask, Manifest, Row, records
+from data.listing import Ask, Manifest, Row, notes, records
 
 LAYOUTS: dict[str, Callable[[str, Ask], Manifest]] = {
     "folder": layouts.folder,
@@ -39,6 +39,7 @@ def read(
     volumes: bool = False,
     on_error: str = "raise",
     cache: str | None = None,
+    problems: list[str] | None = None,
 ) -> Manifest:
     """Lists the images under a path.
 
@@ -47,13 +48,14 @@ def read(
       layout: a key of LAYOUTS, or 'auto' to tell by what is there.
       patient_pattern: for images whose layout does not say the patient, and for DICOM headers that say a wrong one: a
         regular expression searched in the relative path (folders parted by '/'); its first group, or the whole match where
-        it has none, is the patient.
+        it has none, is the patient. Where it matches nothing there is no patient: headers are not asked.
       patients: 'required' refuses images without a patient; 'per_image' takes each for a patient of its own, of which
         every report must then warn. PatientID and patient_id of DICOM and fastMRI files are looked up before that.
       kind: which images, where a collection has several kinds; each layout says what a kind is in it.
       volumes: the images wanted have three axes, or are cut from such.
       on_error: 'raise', or 'skip': files and lines that cannot be used are left out, counted, and noted.
       cache: folder for what was read of headers; None: they are read again each time.
+      problems: if given, images without a patient are told in this list instead of being refused, and count each as one.
     Raises:
       FileNotFoundError: nothing at the path.
       ValueError: anything wrong with what is there, in one line that says the mend.
@@ -74,24 +76,51 @@ def read(
     rows = manifest.rows
     if patient_pattern:
         rows = _match(rows, patient_pattern, replace=layout == "dicom")
-    rows = _unique(path, _ask_headers(manifest.root, rows, ask), ask)
+    else:
+        rows = _ask_headers(manifest.root, rows, ask)
+    rows = _unique(path, rows, ask)
     if not rows:
         raise ValueError(f"{path}: no images found as layout {layout!r}; correct data.path or data.layout")
     missing = [row.path for row in rows if not row.patient]
     if missing and patients == "required":
         mend = "set data.patient_pattern, give a CSV with path,patient_id, or accept data.patients='per_image'"
-        raise ValueError(f"{path}: {len(missing)} of {len(rows)} images have no patient id ({missing[0]}); {mend}")
-    notes = list(manifest.notes)
-    if ask.left_out:
-        notes.append(f"{path}: {len(ask.left_out)} files or lines are left out; the first: {ask.left_out[0]}")
+        problem = f"{path}: {len(missing)} of {len(rows)} images have no patient id ({missing[0]}); {mend}"
+        if problems is None:
+            raise ValueError(problem)
+        problems.append(problem)
     for place, row in enumerate(rows) if missing else ():
         rows[place] = row if row.patient else row._replace(patient=row.path)
-    return Manifest(manifest.root, rows, notes)
+    return manifest._replace(rows=rows, notes=[*manifest.notes, *notes(path, ask)], left_out=ask.left_out)
 
 
-def folder(path: str) -> Manifest:
-    """Every image file below a folder, in the order of their names."""
-    return layouts.folder(path, Ask())
+def synthetic(path: str) -> Manifest:
+    """Every image file below a folder, in the order of their names; or every image of one .npy or .npz, along its first axis.
+
+    Raises:
+      ValueError: one line; nothing at the path, or no images.
+    """
+    mend = "correct audit.synthetic"
+    if os.path.isdir(path):
+        ask = Ask()
+        found = layouts.folder(path, ask)
+        if not found.rows:
+            others = "".join(f", but {note}" for note in notes(path, ask))
+            raise ValueError(f"{path}: no images in it{others}; {mend}; readable are {', '.join(readers.READERS)}")
+        return found._replace(notes=notes(path, ask))
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: there are no synthetic images; {mend}, or run --mode=sample first")
+    name, kind = os.path.basename(path), readers.suffix(path)
+    if kind not in (".npy", ".npz"):
+        raise ValueError(f"{path}: is no folder of images and no .npy or .npz of many; {mend}")
+    try:
+        count = readers.rows_of(path, "").count if kind == ".npz" else len(readers.stack(path))
+    except readers.Refused as error:
+        raise ValueError(f"{path}: {error}; {mend}".replace("data.kind", "a file with the images alone")) from None
+    except Exception as error:  # as for pixels: anything may be raised at a damaged file
+        raise ValueError(f"{path}: cannot be read as {kind} ({type(error).__name__}); restore it, or {mend}") from None
+    item = "/{}" if kind == ".npz" else "{}"
+    rows = [Row(f"{name}#{i:06d}", parts=(name,), item=item.format(i)) for i in range(count)]
+    return Manifest(os.path.dirname(path) or ".", rows)
 
 
 def centres(path: str) -> dict[str, list[tuple[str, float, float, float, str]]]:
@@ -174,8 +203,9 @@ def _match(rows: list[Row], pattern: str, replace: bool) -> list[Row]:
         raise ValueError(f"data.patient_pattern {pattern!r} is not a regular expression: {error}") from None
 
     for place, row in enumerate(rows):  # where they are: a second list would be as much memory again
-        if match := None if row.patient and not replace else search(row.path):
-            rows[place] = row._replace(patient=sys.intern(match[min(1, match.re.groups)] or ""))
+        if replace or not row.patient:
+            match = search(row.path)
+            rows[place] = row._replace(patient=sys.intern(match[min(1, match.re.groups)] or "") if match else "")
     return rows
 
 

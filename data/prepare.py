@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import queue
+import re
 import shutil
 import sys
 import threading
@@ -24,22 +25,27 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from data import files, sandbox
+from data import files, listing, sandbox
 from data.shards import Report, Shard
 
 SERIAL_SECONDS = 5.0  # worker processes start only where more than this is left to do: each takes a second to start
 SHARD_BYTES = 1 << 25
 SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share
+FORM = 2  # of what a prepared set says of itself; another one is made afresh
 FORGOTTEN_DAYS = 14  # after which a preparation that nobody resumed is deleted
 
 
 class Prepared(NamedTuple):
     folder: str  # of the data set, for builder.Stored
     parts: list[str]  # of its images, in its order: what each adds to the id of its task
+    digests: list[str]  # of their pixels
     counts: list[int]  # images of each task
     skipped: list[str]  # one line for each task whose image could not be made
     resized: int  # how many had another shape than asked for
     spacing: tuple[float, ...] | None  # mm between voxels, median over the images that say it
+    unspaced: int  # how many do not
+    top: float | None  # by their type the files' numbers run from 0 to that; None: not the same for all, or not known
+    affine: list | None  # (4, 4) of the images, likewise; see `files.Image`
 
 
 def prepare(
@@ -79,14 +85,14 @@ def prepare(
         raise ValueError(f"data.on_error must be 'raise' or 'skip', not {on_error!r}")
     cache = folder(cache)
     sources = [pathlib.Path(module.__file__).read_text(encoding="utf-8") for module in code]
-    key = hashlib.sha256(json.dumps([list(shape), eight_bit, sources]).encode())
+    key = hashlib.sha256(json.dumps([FORM, list(shape), eight_bit, sources]).encode())
     for part in itertools.chain((task[0] for task in tasks), inputs):
         key.update(json.dumps(part).encode())
     stem = os.path.join(cache, f"{name}-{key.hexdigest()[:20]}")
     final = f"{stem}-{on_error}"
     if not os.path.exists(final):
         try:
-            os.makedirs(cache, exist_ok=True)
+            listing.private(cache)
         except OSError as error:
             raise ValueError(f"{cache}: cannot make the cache folder ({error.strerror}); set data.cache") from None
         _forget_old(cache)
@@ -111,6 +117,33 @@ def folder(cache: str | os.PathLike | None) -> str:
     return os.path.expanduser(os.fspath(cache or os.environ.get("FACSIMILE_CACHE") or "~/.cache/facsimile"))
 
 
+def kept(cache: str | os.PathLike | None) -> list[tuple[str, int, float]]:
+    """(name, bytes, days since it was made) of what the cache folder holds of patients, the largest first."""
+    found = []
+    for path in pathlib.Path(folder(cache)).glob("*"):
+        if re.search(r"-(raise|skip)$|\.partial|^headers-.*\.json$", path.name):
+            inside = [path, *path.rglob("*")] if path.is_dir() else [path]
+            size = sum(p.stat().st_size for p in inside if p.is_file())
+            found.append((path.name, size, (time.time() - path.stat().st_mtime) / 86400))
+    return sorted(found, key=lambda one: (-one[1], one[0]))
+
+
+def drop(cache: str | os.PathLike | None, name: str) -> list[str]:
+    """Deletes one of those, or 'all'; returns their names. Whoever needs it prepares it again.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    there = [one for one, *_ in kept(cache)]
+    chosen = there if name == "all" else [one for one in there if one == name]
+    if not chosen and name != "all":
+        raise ValueError(f"{folder(cache)}: holds no prepared data set {name!r}; --cache=list prints their names")
+    for one in chosen:
+        path = pathlib.Path(folder(cache), one)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return chosen
+
+
 def _shards(partial: str, tasks, make, shape, several: int, strict: bool, dtype: str) -> list[Shard]:
     """The same tasks always make the same shards, so that they can be resumed."""
     from data import builder
@@ -133,7 +166,8 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
     if not os.path.exists(too_wide):
         os.makedirs(where, exist_ok=True)
         for shard in shards:
-            if on_error == "raise" and shard.done() and shard.report().skipped:
+            lost = os.path.exists(shard.path) and not shard.done()  # without its report
+            if lost or (on_error == "raise" and shard.done() and shard.report().skipped):
                 os.remove(shard.path)  # what was left out then is an error now, if it still is one
         if not beam:
             _make(shards, shape, dtype, workers)
@@ -150,19 +184,22 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
         count = len(report.counts)
         none = "" if report.parts else f"none of {count} images could be read; the first: "
         raise ValueError(none + report.skipped[0])
-    content = {"parts": report.parts, "counts": report.counts, "skipped": report.skipped, "resized": report.resized}
-    content["spacing"] = None
+    content = {name: getattr(report, name) for name in ("parts", "digests", "counts", "skipped", "resized")}
+    content |= {"spacing": None, "unspaced": len(report.parts) - sum(report.spacings.values())}
+    only = lambda values: values[0] if len(values) == 1 else None
+    content |= {"top": only(report.tops), "affine": only(report.affines)}
     if report.spacings:
         values = np.repeat(list(report.spacings), list(report.spacings.values()), axis=0)
         content["spacing"] = np.median(values, axis=0).tolist()
     pathlib.Path(where, "prepared.json").write_text(json.dumps(content), encoding="utf-8")
-    for shard in shards:
-        os.remove(f"{shard.path}.json")
     try:
         os.rename(where, final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise  # else another machine finished the same thing first
+    for shard in shards:  # only now: without them the shards would be of no use after a kill
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(final, f"{os.path.basename(shard.path)}.json"))
     return True
 
 

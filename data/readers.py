@@ -1,7 +1,6 @@
 """A reader for each file format: paths -> the file's own numbers, upright where the file says how it lies."""
 
 import functools
-import glob
 import io
 import os
 import re
@@ -43,10 +42,10 @@ def plausible(count: float, path: str, size: float | None = None) -> None:
         )
 
 
-def typed(array: np.ndarray, channels: bool, **known) -> Pixels:
-    """Adds an axis of channels where there is none, drops an opaque alpha channel, and finds the type's range."""
+def typed(array: np.ndarray, channels: bool, alpha: bool = False, **known) -> Pixels:
+    """Adds an axis of channels where there is none, drops a picture's alpha channel if opaque, and finds the type's range."""
     array = array if channels else array[..., None]
-    if array.shape[-1] in (2, 4) and array.dtype.kind == "u":
+    if alpha and array.shape[-1] in (2, 4):
         if np.ptp(array[..., -1]):
             raise Refused("is transparent in part; save it without an alpha channel")
         array = array[..., :-1]
@@ -75,7 +74,7 @@ def _pillow(path: str, item: str = "") -> Pixels:
             raise Refused("is larger than any radiograph; remove it, or reduce it first")
         if image.mode in ("LA", "RGB", "RGBA") and image.tile and "16" in str(image.tile[0][3]):
             # Pillow would keep only the upper 8 of these 16 bits.
-            return _grey_alpha(path) if image.tile[0][3] == "LA;16B" else _itk(path)
+            return _grey_alpha(path) if image.tile[0][3] == "LA;16B" else sandbox.call(_itk_here, path, True)
         if image.format == "TIFF" and image.info.get("compression") == "raw" and image.getexif().get(0x0112, 1) > 4:
             raise Refused("is stored lying on its side, which Pillow garbles; save it upright")
         count, raw = getattr(image, "n_frames", 1), image.info.get("compression") == "raw" and image.mode != "1"
@@ -92,8 +91,10 @@ def _pillow(path: str, item: str = "") -> Pixels:
                 raise Refused(f"is stored as {frame.mode}; convert it to grey or RGB")
             # 'I' of a PNG is how some versions of Pillow open 16 bits.
             frames.append(np.asarray(frame, np.uint16 if frame.mode == "I" and image.format == "PNG" else None))
+        # Pillow turns 8 bits of a TIFF whose zero is white, and no more.
+        dark = image.format == "TIFF" and image.tag_v2.get(262) == 0 and frame.mode not in ("L", "1")
     array = frames[0] if len(frames) == 1 else np.stack(frames)
-    return typed(array, channels=frame.mode in ("LA", "RGB", "RGBA"))
+    return typed(array, channels=frame.mode in ("LA", "RGB", "RGBA"), alpha=frame.mode in ("LA", "RGBA"), inverted=dark)
 
 
 def _grey_alpha(path: str) -> Pixels:
@@ -105,7 +106,7 @@ def _grey_alpha(path: str) -> Pixels:
     content[24:26] = 8, 6  # bit depth and colour type of the header, then its checksum
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     with PIL.Image.open(io.BytesIO(content)) as image:
-        return typed(np.ascontiguousarray(image).view(">u2").astype(np.uint16), channels=True)
+        return typed(np.ascontiguousarray(image).view(">u2").astype(np.uint16), channels=True, alpha=True)
 
 
 # ---- volumes with a header that says how they lie
@@ -120,6 +121,9 @@ def _nifti(path: str, item: str = "") -> Pixels:
     if len(image.shape) not in (3, 4):
         raise Refused(f"is {len(image.shape)}D; save it as 3D, or 4D with the channels last")
     plausible(np.prod(image.shape, dtype=float) * image.get_data_dtype().itemsize, path)
+    said = [image.header[name] for name in ("sform_code", "qform_code") if name in image.header]
+    if not any(said):
+        raise Refused("does not say how the volume lies (sform and qform code 0); write its affine into the header")
     unit = MM.get(image.header.get_xyzt_units()[0], 1.0) if hasattr(image.header, "get_xyzt_units") else 1.0
     affine = np.diag([-unit, -unit, unit, 1.0]) @ image.affine  # NIfTI counts to the right and to anterior
     low, high = (float(image.header.get(name, 0)) for name in ("cal_min", "cal_max"))
@@ -132,25 +136,52 @@ def _itk(path: str, item: str = "") -> Pixels:
     return sandbox.call(_itk_here, path)
 
 
-def _itk_here(path: str) -> Pixels:
+def _itk_here(path: str, alpha: bool = False) -> Pixels:
+    """Of four axes the last is one of channels."""
     import SimpleITK
 
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(path)
     reader.ReadImageInformation()
     size, parts = np.array(reader.GetSize(), float), reader.GetNumberOfComponents()
-    beside = glob.glob(f"{glob.escape(os.path.splitext(path)[0])}.*") if path.lower().endswith(".mhd") else [path]
-    plausible(size.prod() * parts, path, sum(map(os.path.getsize, beside)))
+    plausible(size.prod() * parts, path, sum(map(os.path.getsize, [path, *detached(path)])))
     image = reader.Execute()
     array = SimpleITK.GetArrayFromImage(image)
-    spacing = np.array(image.GetSpacing())
-    if image.GetDimension() != 3:
-        said = tuple(spacing[::-1].tolist()) if path.lower().endswith((".nrrd", ".mha", ".mhd")) else None
-        return typed(array, channels=parts > 1, spacing=said)
+    spacing, rank = np.array(image.GetSpacing()), image.GetDimension()
+    if rank == 4 and parts > 1:
+        raise Refused("has four axes and several components; save it with either")
+    if rank not in (3, 4):
+        said = tuple(spacing[::-1].tolist()) if suffix(path) in (".nrrd", ".nhdr", ".mha", ".mhd") else None
+        return typed(array, channels=parts > 1, alpha=alpha, spacing=said)
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * spacing
-    affine[:3, 3] = image.GetOrigin()
-    return volume(array, affine[:, [2, 1, 0, 3]], channels=parts > 1)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (rank, rank))[:3, :3] * spacing[:3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    array = np.moveaxis(array, 0, -1) if rank == 4 else array
+    return volume(array, affine[:, [2, 1, 0, 3]], channels=parts > 1 or rank == 4)
+
+
+def detached(path: str) -> list[str]:
+    """The files that hold the numbers of a header: what .mhd and .nhdr name, of it what is there; of other files none."""
+    if suffix(path) not in (".mhd", ".nhdr"):
+        return []
+    with open(path, "rb") as file:
+        lines = file.read(1 << 20).decode("latin-1").splitlines()
+    names = []
+    for at, line in enumerate(lines):
+        if match := re.fullmatch(r"\s*(?:ElementDataFile\s*=|data ?file:)\s*(.*?)\s*", line, re.IGNORECASE):
+            listed = re.match(r"LIST\b", match[1])
+            series = re.fullmatch(r"(\S*%\d*d\S*)\s+(-?\d+)\s+(-?\d+)\s+(-?\d+)(?:\s+\d+)?", match[1])
+            if listed:
+                names = [line.strip() for line in lines[at + 1 :] if line.strip()]
+            elif series:
+                first, last, step = map(int, series.groups()[1:])
+                numbers = range(first, last + (1 if step > 0 else -1), step or 1)[: 1 << 16]
+                names = [series[1] % number for number in numbers]
+            else:
+                names = [match[1]]
+            break
+    found = [os.path.join(os.path.dirname(path), name) for name in names if name != "LOCAL"]
+    return [name for name in found if os.path.isfile(name)]
 
 
 def _dicom(path: str, item: str = "") -> Pixels:
@@ -163,7 +194,17 @@ def _dicom(path: str, item: str = "") -> Pixels:
 
 
 def _numpy(path: str, item: str = "") -> Pixels:
-    return plain(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: a false header cannot ask for memory
+    """`item` is the index of one image of a stack; none, where the file holds a single image."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false header cannot ask for memory
+    return plain(array[int(item)] if item else array)
+
+
+def stack(path: str) -> np.ndarray:
+    """The images of an .npy, along its first axis, mapped."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim < 3:
+        raise Refused(f"has {array.ndim} axes, so it is not a stack of images")
+    return array
 
 
 def plain(array: np.ndarray, **known) -> Pixels:
@@ -241,19 +282,22 @@ def _is_image(thing) -> bool:
 
 
 def _fastmri_spacing(header: bytes) -> tuple[float, ...] | None:
-    """(D, H, W) in mm from the ISMRMRD header that fastMRI keeps as XML; in the plane the image is the reconSpace."""
+    """(D, H, W) in mm from the ISMRMRD header that fastMRI keeps as XML; in the plane the image is the reconSpace.
+
+    Its x, the readout, are the rows: fastMRI's own loader crops to (recon_size[0], recon_size[1]) = (x, y).
+    """
     space = re.search(rb"<reconSpace>(.*?)</reconSpace>", header if isinstance(header, bytes) else b"", re.DOTALL)
     numbers = re.findall(rb"<([xyz])>([\d.]+)</[xyz]>", space[1]) if space else []
     if [axis for axis, _ in numbers] != [b"x", b"y", b"z"] * 2:
         return None
     (x, y, z), (field_x, field_y, field_z) = np.array([float(v) for _, v in numbers]).reshape(2, 3)
-    return tuple(map(float, (field_z / z, field_y / y, field_x / x)))
+    return tuple(map(float, (field_z / z, field_x / x, field_y / y)))
 
 
 READERS: dict[str, Callable[..., Pixels]] = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff"), _pillow),
     **dict.fromkeys((".nii", ".nii.gz"), _nifti),
-    **dict.fromkeys((".nrrd", ".mha", ".mhd"), _itk),
+    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), _itk),
     ".npy": _numpy,
     ".npz": _npz,
     **dict.fromkeys((".h5", ".hdf5"), _hdf5),

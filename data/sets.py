@@ -1,17 +1,26 @@
 """Loads the four sets of patients, or a folder of synthetic images, as lazily read arrays."""
 
 import functools
+import hashlib
+import importlib.metadata
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from data import cohort as brains
-from data import containers, dicom, duplicates, files, geometry, manifest, prepare, readers
+from data import containers, dicom, duplicates, files, geometry, layouts, manifest, prepare, readers
 from data import splits as partition
+
+WHOLE = "none"  # data.centres of a config that asks for them, to do without
+# what decodes and resamples: another version may give other pixels
+DECODERS = ("numpy", "scipy", "pillow", "nibabel", "simpleitk", "h5py", "pydicom", "python-gdcm", "pyjpegls")
+DECODERS += ("pylibjpeg", "pylibjpeg-openjpeg", "array_record", "tensorflow-datasets")
+LITTLE = 0.2  # of the range of intensities: synthetic images that use less are in other units, most likely
 
 
 class ImageSet(NamedTuple):
@@ -21,7 +30,18 @@ class ImageSet(NamedTuple):
     # mm between voxels along each axis of size, median over the whole data set
     spacing: tuple[float, ...] | None = None
     window: tuple[float, float] | None = None  # what -1 and 1 are in the files' units, where that is the same for all
-    notes: tuple[str, ...] = ()  # what every report on these images must say
+    # what every report on these images must say; files and folders are named only after the first ': ' of each
+    notes: tuple[str, ...] = ()
+    digests: Sequence[str] = ()  # (n,) of each image's pixels as prepared
+    top: float | None = None  # under intensity 'type': what 1 is in the files, where that is the same for all
+    affine: list | None = None  # (4, 4): index (d, h, w) -> mm to the left, posterior, superior; where all share it
+
+
+class Trouble(NamedTuple):
+    """What is wrong with a data set, for those who would rather look at it than be refused. One line each."""
+
+    problems: list[str]  # what training would refuse, of the whole
+    left_out: list[str]  # files and lines that cannot be used
 
 
 def load(
@@ -34,11 +54,13 @@ def load(
     centres: str | os.PathLike | None = None,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
+    fold: int | None = None,
     limit: Mapping[str, int] | None = None,
     splits: str | None = None,
     accept_duplicates: Sequence[str] | None = None,
     cohort: Mapping | None = None,
     size: Sequence[int] = (64, 64),
+    trouble: Trouble | None = None,
     **reading,
 ) -> dict[str, ImageSet]:
     """Loads a data set, split by patient.
@@ -49,13 +71,15 @@ def load(
       path: folder, manifest, file or layout root, or 'tfds:NAME'; None is the embedded semi-synthetic cohort.
       layout, kind, patients, patient_pattern: see `manifest.read`.
       centres: CSV of the centres of sub-volumes, which are the images then; see `manifest.centres`.
-      fractions, seed: see `splits.assign`. The cohort has splits of its own.
+      fractions, seed, fold: see `splits.assign`. The cohort has splits of its own.
       splits: 'hash' leaves out of account the splits that the data brings.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
       accept_duplicates: images of different patients that are the same image are an error that lists them, but for those
         named here (see `duplicates.find`) and the cohort's own, which are in the sets' `notes`; None: not looked for.
       cohort: arguments of `cohort.records`, and `height` of `cohort.subject`.
       size: (H, W) or (D, H, W).
+      trouble: if given, what is wrong with the data is added to it instead of being refused, where there is more to look
+        at: images without a patient, splits that are empty or contradict each other, files that cannot be used.
       **reading: channels, channel, intensity, fit, spacing, slices: see `files.read_images`; on_error, cache, workers,
         beam: see `prepare.prepare`.
     Returns:
@@ -80,23 +104,28 @@ def load(
             patient_pattern=patient_pattern,
             centres=centres,
             size=size,
+            trouble=trouble,
             **reading,
         )
-        if centres:
+        if centres and centres != WHOLE:
             found = _with_centres(found, os.path.expanduser(os.fspath(centres)))
-        for note in found.notes:
-            logging.warning("%s", note)
         names, of, said = ([getattr(row, field) for row in found.rows] for field in ("path", "patient", "split"))
-        split_of = partition.assign(of, said if splits is None else (), fractions=fractions, seed=seed)
+        said = said if splits is None else ()
+        assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed, fold=fold)
+        split_of = _or(trouble, lambda: assign(said), assign)
         task_of = np.arange(len(names))
         needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
         mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or the manifest's splits"
-        read = functools.partial(_read, found, size=size, **reading)
-    _refuse_empty(needed, split_of, mend)  # before the files are read, which may take hours
+        read = lambda: _read_kinds(found, trouble, size=size, **reading)
+    _refuse_empty(needed, split_of, mend, trouble)  # before the files are read, which may take hours
     done, window = read()
-    notes = (*(found.notes if path else ()), *_skipped(path, done))
+    notes = (*(found.notes if path else ()), *_skipped(done))
+    for note in notes:
+        logging.warning("%s", note)
+    if trouble:
+        trouble.left_out.extend([*(found.left_out if path else ()), *done.skipped])
     rows, places = _images_of(np.array(done.counts)[task_of], (np.cumsum(done.counts) - done.counts)[task_of])
-    _refuse_empty(needed, split_of[rows], mend)
+    _refuse_empty(needed, split_of[rows], mend, trouble)
     sets = {}
     for split in partition.NAMES:
         chosen = np.flatnonzero(split_of[rows] == split)
@@ -104,7 +133,9 @@ def load(
             chosen = chosen[partition.first([of[row] for row in rows[chosen]], limit[split], seed=seed)]
         ids = np.array([names[rows[i]] + done.parts[places[i]] for i in chosen], dtype=str)
         patients_of = np.array([of[row] for row in rows[chosen]], dtype=str)
-        sets[split] = ImageSet(_stored(done, places[chosen]), ids, patients_of, done.spacing, window, notes)
+        digests = [done.digests[i] for i in places[chosen]]
+        of_all = {"spacing": done.spacing, "window": window, "notes": notes, "top": done.top, "affine": done.affine}
+        sets[split] = ImageSet(_stored(done, places[chosen]), ids, patients_of, digests=digests, **of_all)
         logging.info("%s: %d images of %d patients", split, len(chosen), len(set(patients_of)))
     if accept_duplicates is not None:
         copies = planted(path, cohort)
@@ -126,9 +157,15 @@ def listed(
     kind: str | None = None,
     patients: str = "required",
     patient_pattern: str | None = None,
+    trouble: Trouble | None = None,
     **_,
 ) -> manifest.Manifest:
     """What `load` would read, of its arguments: one row for each file or series. No pixel is read."""
+    if centres == "":
+        raise ValueError(
+            "data.centres is not said: this config cuts sub-volumes; name the CSV of their centres (path,z,y,x), or set "
+            f"data.centres={WHOLE} to take the middle of whole volumes"
+        )
     return manifest.read(
         path,
         layout=layout,
@@ -136,9 +173,20 @@ def listed(
         patients=patients,
         kind=kind,
         volumes=bool(len(size) == 3 or centres or slices),
-        on_error=on_error,
+        on_error="skip" if trouble else on_error,
         cache=prepare.folder(cache),
+        problems=trouble and trouble.problems,
     )
+
+
+def content(sets: Mapping[str, ImageSet], *names: str) -> str:
+    """A hash of who is in these splits, and of their images' pixels, wherever the files lie."""
+    rows = sorted(
+        (str(image), str(patient), name, digest)
+        for name in set(names)
+        for image, patient, digest in zip(sets[name].ids, sets[name].patients, sets[name].digests, strict=True)
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:20]
 
 
 def planted(path: str | os.PathLike | None, cohort: Mapping | None) -> list[str]:
@@ -154,22 +202,55 @@ def _images_of(counts: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> ImageSet:
-    """Reads a folder of synthetic images, whoever made them, in the order of their names; the rest as in `load`."""
+    """Reads synthetic images, whoever made them, in the order of their names; the rest as in `load`.
+
+    Args:
+      path: a folder, or an .npy or .npz of many images along its first axis.
+    Returns:
+      With notes on what was left out, resampled or assumed.
+    Raises:
+      FileNotFoundError, ValueError: one line; keys of `data` that `audit.reading` has are named as that's.
+    """
     path = os.path.expanduser(os.fspath(path))
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{path}: there is no such folder of synthetic images; correct the path, or sample first"
-        )
-    found = manifest.folder(path)
-    if not found.rows:
-        raise ValueError(f"{path}: no images in it; readable are {', '.join(readers.READERS)}")
-    done, window = _read(found, size=size, **reading)
-    if done.resized:
-        lost = f"{done.resized} of {len(done.parts)} images had another shape than {tuple(size)} and were resampled"
-        logging.warning("%s: %s", path, lost)
+    found = manifest.synthetic(path)
+    ours = lambda line: re.sub(r"\bdata\.(intensity|fit|spacing|channel|slices)\b", r"audit.reading.\1", line)
+    try:
+        done, window = _read(found, size=size, lenient=True, **reading)
+    except ValueError as error:
+        raise ValueError(ours(str(error))) from None
     rows, places = _images_of(np.array(done.counts), np.cumsum(done.counts) - done.counts)
     ids = np.array([found.rows[row].path + done.parts[place] for row, place in zip(rows, places, strict=True)])
-    return ImageSet(_stored(done, places), ids, np.full(len(ids), ""), done.spacing, window)
+    images, count = _stored(done, places), f"of {len(ids)} synthetic images"
+    notes = [*found.notes, *map(ours, _skipped(done, "synthetic images"))]
+    if done.resized:
+        notes.append(f"{done.resized} {count} had another shape or spacing and were resampled to {tuple(size)}: {path}")
+    if reading.get("spacing") and done.unspaced:
+        notes.append(f"{done.unspaced} {count} do not say their spacing, which is taken for that of the data: {path}")
+    if (used := _range(images)) < LITTLE:
+        mend = "if they are in other units than the data, set audit.reading.intensity"
+        notes.append(f"the synthetic images use {100 * used:.1f} % of the range of intensities; {mend}: {path}")
+    for note in notes:
+        logging.warning("%s", note)
+    return ImageSet(images, ids, np.full(len(ids), ""), done.spacing, window, tuple(notes), done.digests)
+
+
+def _range(images: Sequence[np.ndarray]) -> float:
+    """How much of [-1, 1] lies between the darkest and the brightest pixel of at most 64 images, evenly spread."""
+    chosen = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, min(len(images), 64)).round().astype(int))]
+    return float(max(image.max() for image in chosen) - min(image.min() for image in chosen)) / 2
+
+
+def _read_kinds(found: manifest.Manifest, trouble: Trouble | None, **reading):
+    """`_read`; an error names the kinds of series where several are taken together. Who only looks skips bad files."""
+    try:
+        return _read(found, **reading)
+    except ValueError as error:
+        if trouble and reading.get("on_error", "raise") == "raise":
+            return _read(found, **{**reading, "on_error": "skip"})
+        if not found.kinds:
+            raise
+        choice = f"there are several kinds of series, of which data.kind chooses: {layouts.told(found.kinds)}"
+        raise ValueError(f"{error}; {choice}") from None
 
 
 def _read(
@@ -182,6 +263,7 @@ def _read(
     fit: str = "pad",
     spacing: Sequence[float] | None = None,
     slices: str | None = None,
+    lenient: bool = False,
     **preparing,
 ) -> tuple[prepare.Prepared, tuple[float, float] | None]:
     """The rows' images, prepared, and the window of intensities that is the same for all."""
@@ -200,13 +282,13 @@ def _read(
         raise ValueError("data.centres makes sub-volumes: data.size must be (D, H, W)")
     intensity = files.parse_intensity(intensity)
     settings = {"size": tuple(size), "channels": channels, "intensity": intensity, "fit": fit}
-    more = {"channel": channel, "spacing": spacing and tuple(spacing), "slices": slices}
+    more = {"channel": channel, "spacing": spacing and tuple(spacing), "slices": slices, "lenient": lenient or None}
     settings |= {name: value for name, value in more.items() if value is not None}
     root = found.root
-    stamp = functools.lru_cache(maxsize=1)(lambda path: (s.st_size, s.st_mtime_ns) if (s := _stat(path)) else None)
+    stamp = functools.lru_cache(maxsize=1)(_stamp)
 
     def inputs():
-        yield from (os.path.realpath(root), settings)
+        yield from (os.path.realpath(root), settings, [_version(name) for name in DECODERS])
         for row in found.rows:
             parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
             yield [parts, row.item, row.centres]
@@ -222,16 +304,14 @@ def _read(
         several=64 if slices else 8 if centres else 1,
         **preparing,
     )
-    for note in _skipped(root, done):
-        logging.warning("%s", note)
     return done, intensity[1:] if intensity[0] == "window" else None
 
 
-def _skipped(root: str | os.PathLike | None, done: prepare.Prepared) -> list[str]:
+def _skipped(done: prepare.Prepared, what: str = "images") -> list[str]:
     if not done.skipped:
         return []
-    count = f"{len(done.skipped)} of {len(done.counts)} images could not be read and are left out"
-    return [f"{root}: {count}; the first: {done.skipped[0]}"]
+    count = f"{len(done.skipped)} of {len(done.counts)} {what} could not be read and are left out"
+    return [f"{count}; the first: {done.skipped[0]}"]
 
 
 def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
@@ -239,16 +319,28 @@ def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
     centres = manifest.centres(path)
     rows = [row._replace(centres=tuple(centres[row.path])) for row in found.rows if row.path in centres]
     if absent := sorted(set(centres) - {row.path for row in rows}):
-        raise ValueError(f"{path}: {absent[0]} is none of the volumes of {found.root}; correct the path")
-    note = [f"{path}: {len(found.rows) - len(rows)} volumes have no centre and are left out"]
+        some = ", ".join(row.path for row in found.rows[:3]) + ", ..." * (len(found.rows) > 3)
+        raise ValueError(
+            f"{path}: {absent[0]} is none of the volumes of {found.root}, which are {some}; correct the path"
+        )
+    note = [f"{len(found.rows) - len(rows)} volumes have no centre and are left out: {path}"]
     return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows)))
 
 
-def _stat(path: str) -> os.stat_result | None:
+def _stamp(path: str) -> list | None:
+    """Changes where a file does, or one of those that hold its numbers."""
     try:
-        return os.stat(path)
+        found = [os.stat(name) for name in (path, *readers.detached(path))]
     except OSError:
         return None  # reading it will say why
+    return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cohort(cohort: dict, *, size, channels=1, **preparing):
@@ -289,6 +381,22 @@ def _stored(done: prepare.Prepared, places: np.ndarray) -> Sequence[np.ndarray]:
     return builder.Stored(done.folder, places)
 
 
-def _refuse_empty(needed: Sequence[str], present: Sequence[str], mend: str) -> None:
+def _refuse_empty(needed: Sequence[str], present: Sequence[str], mend: str, trouble: Trouble | None) -> None:
     if missing := sorted(set(needed) - set(present), key=partition.NAMES.index):
-        raise ValueError(f"the split {missing[0]!r} has no images; {mend}")
+        problem = f"the split {missing[0]!r} has no images; {mend}"
+        if trouble is None:
+            raise ValueError(problem)
+        if problem not in trouble.problems:
+            trouble.problems.append(problem)
+
+
+def _or(trouble: Trouble | None, make: Callable, instead: Callable) -> Any:
+    """make(); where that is refused and someone only looks, the refusal is a problem and instead() is returned."""
+    try:
+        return make()
+    except ValueError as error:
+        if trouble is None:
+            raise
+        result = instead()  # where this is refused as well, there is nothing to look at
+        trouble.problems.append(str(error))
+        return result

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,17 +16,25 @@ class Report:
     """What came of tasks."""
 
     parts: list[str] = dataclasses.field(default_factory=list)  # of each image, in order: its id less its task's
+    digests: list[str] = dataclasses.field(default_factory=list)  # of each image's pixels at 16 bits
     counts: list[int] = dataclasses.field(default_factory=list)  # images of each task
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each task that failed
     resized: int = 0  # images that had another shape
+    tops: list[float | None] = dataclasses.field(default_factory=list)  # of their types: those that occur, two at most
+    affines: list[list | None] = dataclasses.field(default_factory=list)  # likewise
     spacings: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # mm -> images
 
     def add(self, other: "Report") -> None:
         self.parts += other.parts
+        self.digests += other.digests
         self.counts += other.counts
         self.skipped += other.skipped
         self.resized += other.resized
         self.spacings.update(other.spacings)
+        for top in other.tops:
+            occurs(self.tops, top)
+        for affine in other.affines:
+            occurs(self.affines, affine)
 
     def dumps(self) -> str:
         spacings = [[list(mm), n] for mm, n in self.spacings.items()]
@@ -35,6 +44,12 @@ class Report:
     def loads(cls, text: str) -> "Report":
         content = json.loads(text)
         return cls(**{**content, "spacings": collections.Counter({tuple(mm): n for mm, n in content["spacings"]})})
+
+
+def occurs(values: list, value: Any) -> None:
+    """Notes a value; two different ones are enough to know that it is not the same for all."""
+    if value not in values and len(values) < 2:
+        values.append(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +64,8 @@ class Shard:
     too_wide: str  # a file; there once an image was met that `dtype` does not hold, so that all is in vain
 
     def done(self) -> bool:
-        return os.path.exists(self.path)
+        """Whether it is written and said what came of it; a file of records alone is of no use."""
+        return os.path.exists(self.path) and os.path.exists(f"{self.path}.json")
 
     def report(self) -> Report:
         with open(f"{self.path}.json", encoding="utf-8") as file:
@@ -76,10 +92,16 @@ class Shard:
                         open(self.too_wide, "w").close()
                         break
                     key = task[0] + image.part
-                    yield key, {"id": key, "image": files.encode(image.array, self.dtype)}
+                    sixteen = files.encode(image.array, "uint16")
+                    kept = sixteen if self.dtype == "uint16" else files.encode(image.array, self.dtype)
+                    yield key, {"id": key, "image": kept}
                     count += 1
                     report.parts.append(image.part)
+                    # of 16 bits even where 8 are stored, so that it does not depend on the other images
+                    report.digests.append(hashlib.blake2b(sixteen.tobytes(), digest_size=8).hexdigest())
                     report.resized += image.resized
+                    occurs(report.tops, image.top)
+                    occurs(report.affines, image.affine if image.affine is None else image.affine.round(4).tolist())
                     if image.spacing:
                         report.spacings[tuple(float(f"{mm:.5g}") for mm in image.spacing)] += 1
             except ValueError as error:

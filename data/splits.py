@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 NAMES = ("train", "select", "val", "control")
+FOLDS = 5
 FRACTIONS = {"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15}
 
 
@@ -21,6 +22,7 @@ def assign(
     *,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
+    fold: int | None = None,
 ) -> np.ndarray:
     """Gives every image the split of its patient.
 
@@ -33,7 +35,9 @@ def assign(
         images. 'test' means 'control'. Where nobody is given 'select', it is carved by hash from those given 'train';
         likewise 'control' from 'val', or 'val' from 'control'; in the proportions of `fractions`.
       fractions: expected share of the patients in each split; what they sum to short of 1 is left in no split.
-      seed: another seed is another partition, as for cross-validation.
+      seed: another seed is another partition.
+      fold: 0 to FOLDS - 1, for cross-validation: those who are in 'train' or 'val' by the above are put in the order of
+        another hash and cut in FOLDS, of which this one is 'val' and the others 'train'. Adding patients may move some.
     Returns:
       (n,) str, each one of NAMES or ''.
     Raises:
@@ -62,6 +66,13 @@ def assign(
         return next((name for name in NAMES if uniform(patient, salt) < edges[name]), rest)
 
     table = {patient: split_of(patient) for patient in dict.fromkeys(patients)}
+    if fold is not None:
+        if fold not in range(FOLDS):
+            raise ValueError(f"data.fold must be 0 to {FOLDS - 1}, not {fold}")
+        pool = [patient for patient, split in table.items() if split in ("train", "val")]
+        pool.sort(key=lambda patient: (uniform(patient, f"{salt}-fold"), patient))
+        table |= dict.fromkeys(pool, "train")
+        table |= dict.fromkeys((pool[i] for i in np.array_split(np.arange(len(pool)), FOLDS)[fold]), "val")
     return np.array([table[patient] for patient in patients], dtype="U8")
 
 

@@ -43,18 +43,34 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
       ValueError: naming the first key that differs, both values, and the mend.
     """
     path = folder / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else settings
-    for key in [*before, *settings]:
-        was, now = before.get(key), settings.get(key)
-        grown = key in grow and was is not None and now is not None and was < now
-        if was != now and (not grown or folder.is_symlink()):  # a shared folder is named after its settings
-            raise ValueError(
-                f"{folder} was made with config.{key}={was!r}, not {now!r}: use another --workdir, or delete that folder"
-            )
+    before = made_with(folder)
+    check(folder, dict.fromkeys(before or {}) | settings, grow)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     barrier(f"claim {folder.name}")
     checkpoint.write_json(path, settings)
+
+
+def made_with(folder: Path) -> dict[str, Any] | None:
+    """The (flat) settings that `folder` was made with; None where it is not made yet."""
+    path = folder / "settings.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+CONTENT = "data.content"  # of the settings: a hash of the images and patients that a stage learned from
+
+
+def check(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) -> None:
+    """Raises ValueError as `claim` does where `folder` is made, with others than these settings."""
+    before = made_with(folder)
+    for key in settings if before is not None else ():
+        was, now = before.get(key), settings[key]
+        grown = key in grow and was is not None and now is not None and was < now
+        if was != now and (not grown or folder.is_symlink()):  # a shared folder is named after its settings
+            how = f"config.{key}={was!r}, not {now!r}"
+            if key == CONTENT:
+                how = "other images or patients than data.path holds now (files, patients or splits changed since)"
+            raise ValueError(f"{folder} was made with {how}: use another --workdir, or delete that folder")
 
 
 def key_of(settings: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ import pytest
 
 import configs
 import main
-from configs import mri
-from data import files, geometry, splits
+from configs import ct, mri
+from data import files, geometry, load, splits
 from detection import detector
 from launch import stage
 from tests.conftest import ROOT
@@ -102,6 +102,24 @@ def test_mrnet_is_split_as_in_the_paper():
     count = {split: int((found == split).sum()) for split in splits.NAMES}
     assert (count["train"], count["val"]) == (904, 226) and sum(count.values()) == 1250
     assert count["select"] >= 16 and count["control"] >= 90
+    folds = [splits.assign(exams, fractions=data.fractions.to_dict(), seed=data.seed, fold=k) for k in range(5)]
+    unseen = [set(np.flatnonzero(fold == "val")) for fold in folds]
+    assert data.fold == 0 and [len(fold) for fold in unseen] == [226] * 5 and len(set.union(*unseen)) == 1130
+    for fold in folds:
+        assert (fold == "train").sum() == 904
+        for kept in ("select", "control"):
+            np.testing.assert_array_equal(fold == kept, found == kept)
+    with pytest.raises(ValueError, match=r"data\.fold must be 0 to 4, not 5"):
+        splits.assign(exams, fractions=data.fractions.to_dict(), fold=5)
+
+
+def test_sub_volumes_of_ct_need_their_centres(tmp_path):
+    """Without them the middle of each patient would be cut out, silently."""
+    settings = ct.get_config().data.to_dict() | {"path": str(tmp_path), "cache": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"data\.centres is not said: .* or set data\.centres=none"):
+        load(**settings)
+    with pytest.raises(ValueError, match="no images found"):
+        load(**(settings | {"centres": "none"}))
 
 
 @pytest.mark.slow

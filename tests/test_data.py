@@ -189,6 +189,19 @@ def test_nih_layout(tmp_path):
     assert len(found.notes) == 2 and "1 of the images listed" in found.notes[0] and "1 images are not" in found.notes[1]
 
 
+def test_nihs_own_split_is_kept(tmp_path):
+    names = [f"{patient:08d}_{scan:03d}.png" for patient in range(40) for scan in range(2)]
+    touch(tmp_path, *(f"images_001/images/{name}" for name in names))
+    write_csv(tmp_path / "Data_Entry_2017.csv", ["Image Index", "Patient ID"], *([n, str(int(n[:8]))] for n in names))
+    (tmp_path / "train_val_list.txt").write_text("\n".join(names[:50]))
+    assert {row.split for row in manifest.read(tmp_path).rows} == {""}  # one list alone says nothing
+    (tmp_path / "test_list.txt").write_text("\r\n".join(names[50:]) + "\r\n")
+    rows = manifest.read(tmp_path).rows
+    assert [row.split for row in rows] == ["train"] * 50 + ["test"] * 30
+    found = splits.assign([row.patient for row in rows], [row.split for row in rows])
+    assert set(found[:50]) == {"train", "select"} and set(found[50:]) == {"val", "control"}
+
+
 def test_nih_for_real(real_data):
     rows = manifest.read(real_data / "nih_cxr64").rows
     assert len(rows) == 1000 and len({row.patient for row in rows}) == 264

@@ -106,6 +106,27 @@ def test_photograph_turned_by_its_exif(tmp_path):
         read(save(tmp_path / "y.tif", EIGHT, exif=exif))
 
 
+@pytest.mark.parametrize("array", [EIGHT, SIXTEEN], ids=["8 bit", "16 bit"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_whose_zero_is_white_is_turned(tmp_path, array, compression):
+    how = {"compression": compression} if compression else {}
+    path = save(tmp_path / "x.tif", np.iinfo(array.dtype).max - array, **how)
+    tag = struct.pack("<HHIH", 262, 3, 1, 1)  # PhotometricInterpretation, BlackIsZero
+    content = path.read_bytes()
+    assert content.count(tag) == 1
+    path.write_bytes(content.replace(tag, struct.pack("<HHIH", 262, 3, 1, 0)))
+    np.testing.assert_allclose(read(path), scaled(array), atol=1e-6)
+
+
+def test_a_nifti_that_does_not_say_how_it_lies_is_refused(tmp_path):
+    image = nibabel.Nifti1Image(VOLUME, np.eye(4))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    with pytest.raises(ValueError, match=r"x\.nii\.gz: does not say how the volume lies .*; write its affine"):
+        read(tmp_path / "x.nii.gz", size=VOLUME.shape, intensity="minmax")
+
+
 def test_volumes_agree_whatever_the_file(tmp_path):
     """The same patient as NIfTI in two orientations, NRRD, MHA and NPY."""
     lps = VOLUME  # D up, H to posterior, W to left

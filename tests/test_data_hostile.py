@@ -263,7 +263,10 @@ def test_whatever_is_hostile_is_skipped_and_counted(tmp_path):
     assert not [name for name in os.listdir(cache) if name.endswith(("-raise", "-skip"))]  # nothing to be used
     found = load_("skip")
     assert found.ids.tolist() == ["good.png"] and np.isfinite(found.images[0]).all()
-    assert f"{len(hostile_)} of {len(hostile_) + 1} images could not be read and are left out" in found.notes[0]
+    assert found.notes[0].startswith("1 files are of kinds that are not read: .bmp (1) in ")
+    assert found.notes[1].startswith(
+        f"{len(hostile_)} of {len(hostile_) + 1} images could not be read and are left out"
+    )
     assert not [name for name in os.listdir(cache) if "partial" in name]
 
 

@@ -6,6 +6,7 @@ import os
 
 import h5py
 import numpy as np
+import pydicom
 import pytest
 
 import data
@@ -13,6 +14,29 @@ from data import layouts, manifest
 from tests import make_files
 
 NIFTI = ".nii.gz"
+
+
+def test_a_pattern_that_does_not_match_is_no_patient(tmp_path):
+    """Not the header's instead: one person would have two names, in two splits."""
+    for name in ("p1_a", "p1_b", "other"):
+        make_files.dicom(tmp_path / f"{name}.dcm", make_files.EIGHT, PatientID="HOSPITAL-7")
+    told = r"1 of 3 images have no patient id \(other\.dcm\)"
+    for layout in ("auto", "folder"):
+        with pytest.raises(ValueError, match=told):
+            manifest.read(tmp_path, patient_pattern=r"p\d", layout=layout)
+        rows = manifest.read(tmp_path, patient_pattern=r"p\d", layout=layout, patients="per_image").rows
+        assert [r.patient for r in rows] == ["other.dcm", "p1", "p1"]
+    assert {r.patient for r in manifest.read(tmp_path, layout="folder").rows} == {"HOSPITAL-7"}
+    (tmp_path / "m.csv").write_text("path,patient_id\np1_a.dcm,\nother.dcm,\np1_b.dcm,x9\n")
+    rows = manifest.read(tmp_path / "m.csv", patient_pattern=r"p\d", patients="per_image").rows
+    assert [r.patient for r in rows] == ["p1", "other.dcm", "x9"]  # what a table says stays
+
+
+def test_layouts_where_a_case_stands_for_the_patient_say_so(tmp_path):
+    touch(tmp_path, "m/BraTS2021_00000/BraTS2021_00000_t1.nii.gz", "d/imagesTr/hippocampus_001.nii.gz")
+    for folder in "md":
+        (note,) = manifest.read(tmp_path / folder).notes
+        assert "says no patients, so each case counts as one: " in note
 
 
 def touch(root, *names):
@@ -168,13 +192,14 @@ def test_bids(tmp_path):
 
 
 def fastmri_file(path, patient, acquisition, key="reconstruction_rss"):
+    """As NYU's: x of the header's reconSpace is the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         file["kspace"] = np.zeros((2, 3, 8, 8), np.complex64)
         if key:
             file[key] = make_files.RNG.uniform(0, 1e-4, (2, 8, 6)).astype(np.float32)
         file.attrs.update(patient_id=patient, acquisition=acquisition, max=1e-4, norm=0.1)
-        space = "<matrixSize><x>6</x><y>8</y><z>1</z></matrixSize><fieldOfView_mm><x>12.0</x><y>24.0</y><z>4.5</z></fieldOfView_mm>"
+        space = "<matrixSize><x>8</x><y>6</y><z>1</z></matrixSize><fieldOfView_mm><x>24.0</x><y>12.0</y><z>4.5</z></fieldOfView_mm>"
         header = f"<ismrmrdHeader><encoding><encodedSpace/><reconSpace>{space}</reconSpace></encoding></ismrmrdHeader>"
         file["ismrmrd_header"] = header.encode()
 
@@ -260,6 +285,19 @@ def tcia(root):
     return volume
 
 
+def scout_tags(path):
+    file = pydicom.dcmread(path)
+    names = [
+        "SeriesInstanceUID",
+        "StudyInstanceUID",
+        "PatientID",
+        "SeriesDescription",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+    ]
+    return {name: file[name].value for name in names} | {"SOPInstanceUID": "1.3.99"}
+
+
 def test_dicom_tree(tmp_path):
     root = tmp_path / "tree"
     volume = tcia(root)
@@ -271,6 +309,16 @@ def test_dicom_tree(tmp_path):
         (f"{mixed}#1.3", "LUNG-002", "2.1", 2),
     ]
     assert [r.path for r in manifest.read(root, volumes=True, kind="^CT CHEST").rows] == [first, f"{mixed}#1.2"]
+    assert found.notes[0].startswith(
+        "2 kinds of series are taken together, since data.kind is not set: 'CT CHEST 5MM' (2)"
+    )
+    assert (
+        found.kinds == {"CT CHEST 5MM": 2, "CT SCOUT": 1} and not manifest.read(root, volumes=True, kind="CHEST").kinds
+    )
+    with pytest.raises(
+        ValueError, match=r"no images of kind 'MR' here; set data\.kind to one of 'CT CHEST 5MM' \(2\), "
+    ):
+        manifest.read(root, volumes=True, kind="MR")
     slices = manifest.read(root).rows
     assert len(slices) == 12 and {r.patient for r in slices} == {"LUNG-001", "LUNG-002"}
     by_date = manifest.read(root, patient_pattern=r"\d\d-\d\d-\d{4}").rows  # where headers say nonsense
@@ -278,6 +326,16 @@ def test_dicom_tree(tmp_path):
     how = dict(
         path=root, kind="CHEST", size=(5, 6, 8), intensity="window:-1000:1000", fractions={"train": 1.0}, cache=tmp_path
     )
+    told = r"has gaps.*; there are several kinds of series, of which data\.kind chooses: 'CT CHEST 5MM' \(2\), 'CT SCOUT' \(1\)$"
+    scouts = list((root / mixed).glob("1-*.dcm"))
+    for number, path in enumerate(scouts):
+        file = pydicom.dcmread(path)
+        file.ImagePositionPatient = [0, 0, 3.0 * number]
+        file.save_as(path)
+    make_files.dicom(root / mixed / "far", volume[0, :4], ImagePositionPatient=[0, 0, 99.0], **scout_tags(scouts[0]))
+    with pytest.raises(ValueError, match=told) as error:
+        data.load(**(how | {"kind": None}))
+    assert "\n" not in str(error.value)
     sets = data.load(**how)
     assert sets["train"].patients.tolist() == ["LUNG-001", "LUNG-002"] and sets["train"].spacing == (3.0, 0.5, 0.7)
     assert sets["train"].window == (-1000.0, 1000.0)

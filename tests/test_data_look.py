@@ -77,12 +77,79 @@ def test_leaks_end_with_an_exit_code_and_a_list(tmp_path):
 def test_what_is_left_out_is_said(tmp_path):
     where = folder_of(tmp_path, [(f"p{i}.png", picture) for i, picture in enumerate(pictures(40))])
     (tmp_path / "images" / "p90.png").write_bytes(b"")
-    done = run(tmp_path, *where)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "p90.png: the file is empty" in done.stderr
-    done = run(tmp_path, *where, "--config.data.on_error=skip")
-    assert done.returncode == 0
-    assert "1 of 41 images could not be read and are left out" in done.stdout
+    for args, code in (([], 1), (["--config.data.on_error=skip"], 0)):
+        done = run(tmp_path, *where, *args)
+        assert done.returncode == code and done.stderr == ""
+        assert "1 of 41 images could not be read and are left out" in done.stdout
+        assert column(done.stdout, "together")[:2] == ["40", "40"]
+        with open(tmp_path / "look.left_out.csv") as listing:
+            ((file, problem),) = [(row["file"], row["problem"]) for row in csv.DictReader(listing)]
+        assert file == str(tmp_path / "images" / "p90.png") and problem.startswith("the file is empty")
+    (tmp_path / "images" / "p90.png").unlink()
+    assert run(tmp_path, *where).returncode == 0 and not (tmp_path / "look.left_out.csv").exists()
+
+
+def test_it_looks_when_a_look_is_needed(tmp_path):
+    """Splits that are empty or contradict each other, images without a patient, bad files and lines: all in one look."""
+    folder_of(tmp_path, [(f"p{i}.png", picture) for i, picture in enumerate(pictures(6))])
+    (tmp_path / "images" / "p90.png").write_bytes(b"")
+    rows = [
+        "p0.png,1,train",
+        "p1.png,1,val",
+        "p2.png,2,train",
+        "p3.png,3,train",
+        "p4.png,,train",
+        "p90.png,5,val",
+        ",6,",
+    ]
+    (tmp_path / "images" / "manifest.csv").write_text("\n".join(["path,patient_id,split", *rows, "p5.png,7"]) + "\n")
+    shares = [
+        f"--config.data.fractions.{name}={share}" for name, share in (("train", 1.0), ("select", 0.0), ("control", 0.0))
+    ]
+    where = [f"--config.data.path={tmp_path / 'images'}", "--config.data.size=(24, 24)", *shares]
+    done = run(tmp_path, *where, "--config.data.fractions.val=0.0")
+    assert done.returncode == 1 and done.stderr == "", done.stderr
+    problems = [line for line in done.stdout.splitlines() if line.startswith("PROBLEM")]
+    assert len(problems) == 2
+    assert "1 of 6 images have no patient id (p4.png); set data.patient_pattern" in problems[0]
+    assert "patient 1 is in the splits train and val; correct the manifest" in problems[1]
+    assert column(done.stdout, "together")[:2] == ["5", "4"] and column(done.stdout, "val")[:2] == ["0", "0"]
+    with open(tmp_path / "look.left_out.csv") as listing:
+        lines = [row["problem"] for row in csv.DictReader(listing)]
+    assert len(lines) == 3 and any("the file is empty" in line for line in lines)
+    assert any("has no path" in line for line in lines) and any(
+        "has not the header's 3 fields" in line for line in lines
+    )
+    with PIL.Image.open(tmp_path / "look.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+    (tmp_path / "images" / "manifest.csv").write_text("path,patient_id\np0.png,1\np1.png,2\n")
+    done = run(tmp_path, *where[:2])
+    assert done.returncode == 1 and "PROBLEM    the split " in done.stdout, done.stderr
+
+
+def test_prepared_sets_are_listed_and_dropped(tmp_path):
+    where = folder_of(tmp_path, [(f"p{i}.png", picture) for i, picture in enumerate(pictures(40))])
+    assert run(tmp_path, *where).returncode == 0
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+    def cache(*args):
+        done = subprocess.run(
+            [sys.executable, "-m", "data", *args],
+            cwd=ROOT,
+            env={**os.environ, "FACSIMILE_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    code, listed, _ = cache("--cache=list")
+    (name,) = [line.split()[-1] for line in listed.splitlines()[1:]]
+    assert code == 0 and name.startswith("images-") and "holds 1 prepared" in listed
+    assert cache("--cache=absent")[0] == 1 and "holds no prepared data set 'absent'" in cache("--cache=absent")[2]
+    assert cache(f"--cache={name}")[:2] == (0, f"deleted {name}\n") and not (tmp_path / "cache" / name).exists()
+    assert cache("--cache=all")[1] == "nothing to delete\n"
+    code, _, told = cache()
+    assert code == 2 and told.count("\n") == 1 and "use --config=FILE, or --cache=list" in told
 
 
 @pytest.mark.parametrize(

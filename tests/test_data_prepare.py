@@ -52,7 +52,8 @@ def eager(monkeypatch):
 def test_workers_give_what_one_process_gives(tmp_path, eager):
     one, two = made(square, tmp_path / "1", workers=1), made(sleepy, tmp_path / "2", workers=2)
     counts = [int(i != 13) for i in range(100)]
-    assert one[1:] == two[1:] == ([""] * 99, counts, ["thirteen is refused"], 50, None)
+    assert one[1:] == two[1:] and len(set(one.digests)) == 99
+    assert one._replace(digests=[])[1:] == ([""] * 99, [], counts, ["thirteen is refused"], 50, None, 99, None, None)
     for i, number in enumerate(np.flatnonzero(counts)):
         values = [builder.Stored(p.folder, np.arange(99))[i] for p in (one, two)]
         np.testing.assert_array_equal(*values)
@@ -148,6 +149,36 @@ def test_a_skipped_failure_is_an_error_when_asked_and_is_tried_again(tmp_path):
     with pytest.raises(ValueError, match=r"^seventy is refused$"):
         made(counted(tmp_path, failing), cache, on_error="raise")
     assert calls(tmp_path)[91:] == list(range(64, 71))  # the shard that had left it out, and no other
+
+
+def test_a_kill_at_the_very_end_leaves_what_can_be_used(tmp_path, monkeypatch):
+    """Killed before the finished folder is in place, or after; and shards that lost their reports are made again."""
+    rename, cache = os.rename, tmp_path / "cache"
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        made(counted(tmp_path, square), cache)
+    monkeypatch.setattr(os, "rename", rename)
+    (partial,) = cache.glob("*.partial")
+    reports = sorted(partial.rglob("*.json"))
+    lost = [path for path in reports if "array_record-00003" in path.name]
+    assert len(lost) == 1
+    lost[0].unlink()
+    before = len(calls(tmp_path))
+    done = made(counted(tmp_path, square), cache)
+    assert before == 100 and calls(tmp_path)[100:] == list(range(24, 32))  # the shard without a report, and no other
+    assert len(done.parts) == 99 and not list(cache.glob("*.partial"))
+    assert not [name for name in os.listdir(done.folder) if "array_record" in name and name.endswith(".json")]
+    rmtree = prepare.shutil.rmtree
+    monkeypatch.setattr(os, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # after the rename, with reports left behind
+        made(square, tmp_path / "other", on_error="skip")
+    monkeypatch.undo()
+    assert rmtree is prepare.shutil.rmtree
+    late = made(square, tmp_path / "other", on_error="skip")
+    assert late[1:] == done[1:] and len(builder.Stored(late.folder, np.arange(99))) == 99
+    np.testing.assert_array_equal(
+        builder.Stored(late.folder, np.arange(99))[98], builder.Stored(done.folder, np.arange(99))[98]
+    )
 
 
 def test_old_remains_are_forgotten(tmp_path):

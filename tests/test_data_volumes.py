@@ -169,9 +169,9 @@ def test_spacing_is_read_whatever_the_file(tmp_path):
     nifti(tmp_path / "metres.nii", float_volume, spacing=[mm / 1000 for mm in SPACING], unit="meter")
     itk = SimpleITK.GetImageFromArray(float_volume)
     itk.SetSpacing(SPACING[::-1])
-    for name in ("x.nrrd", "x.mha", "x.mhd"):
+    for name in ("x.nrrd", "x.mha", "x.mhd", "detached.nhdr"):
         SimpleITK.WriteImage(SimpleITK.DICOMOrient(itk, "RAI"), str(tmp_path / name))
-    for name in ("x.nii.gz", "metres.nii", "x.nrrd", "x.mha", "x.mhd"):
+    for name in ("x.nii.gz", "metres.nii", "x.nrrd", "x.mha", "x.mhd", "detached.nhdr"):
         (image,) = read(tmp_path / name)
         np.testing.assert_allclose(image.array[..., 0], VOLUME / 1000, atol=1e-6, err_msg=name)
         assert image.spacing == pytest.approx(SPACING, rel=1e-5), name
@@ -230,8 +230,26 @@ def test_slices(tmp_path, text, axis, indices):
     images = read(nifti(tmp_path / "x.nii.gz", VOLUME), size=np.delete(VOLUME.shape, axis), slices=text)
     assert [image.part for image in images] == [f"#{'zyx'[axis]}{i:03d}" for i in indices]
     for image, i in zip(images, indices, strict=True):
-        np.testing.assert_allclose(image.array[..., 0], VOLUME.take(i, axis) / 1000, atol=1e-6)
+        wanted = VOLUME.take(i, axis)[:: -1 if axis else 1]  # superior above
+        np.testing.assert_allclose(image.array[..., 0], wanted / 1000, atol=1e-6)
         assert image.spacing == pytest.approx(tuple(np.delete(SPACING, axis)))
+    np.save(tmp_path / "x.npy", VOLUME)  # says nothing of how it lies, so it is not turned
+    bare = read(tmp_path / "x.npy", size=np.delete(VOLUME.shape, axis), slices=text)
+    np.testing.assert_allclose(bare[0].array[..., 0], VOLUME.take(indices[0], axis) / 1000, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis, size", [("y", (6, 10)), ("x", (6, 8))])
+def test_a_superior_voxel_is_in_the_upper_rows_of_a_section(tmp_path, axis, size):
+    """By the affine alone, in two orientations of the file: the head is above the feet, as everyone looks at it."""
+    array = np.full((10, 8, 6), -900, np.float32)  # to the right, anterior, superior
+    array[3:7, 2:6, 5] = 900
+    image = nibabel.Nifti1Image(array, np.eye(4))
+    assert (image.affine @ [4, 4, 5, 1])[2] > (image.affine @ [4, 4, 0, 1])[2]
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    nibabel.save(image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), tmp_path / "b.nii.gz")
+    for name in ("a.nii.gz", "b.nii.gz"):
+        (section,) = read(tmp_path / name, size=size, slices=f"{axis}:4:5")
+        assert section.array[0].max() > 0 > section.array[1:].max(), name
 
 
 def test_slices_of_a_patient_stay_together(tmp_path):
@@ -300,7 +318,10 @@ def test_centres_from_a_table(tmp_path):
         ("path,z,y,x\np1.nii.gz,4,5,inf\n", "line 2 has a unit or place"),
         ("path,z,y,x,unit\np1.nii.gz,4,5,6,cm\n", "line 2 has a unit or place"),
         ("path,z,y,x,name\np1.nii.gz,4,5,6,a\np1.nii.gz,4,5,7,a\n", "line 3 repeats the name a"),
-        ("path,z,y,x\np9.nii.gz,4,5,6\n", "p9.nii.gz is none of the volumes"),
+        (
+            "path,z,y,x\np9.nii.gz,4,5,6\n",
+            r"p9.nii.gz is none of the volumes of .*, which are p1.nii.gz, p2.nii.gz, p3.nii.gz",
+        ),
     ]:
         table.write_text(content)
         with pytest.raises(ValueError, match=words) as error:

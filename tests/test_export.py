@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import data
 from data import export
+from tests import make_files
 
 INTENSITIES = ["type", "minmax", "percentile:1:99", "window:-1000:400", "window:0:0.25", ("window", -3, 7)]
 TOPS = [None, 255, 4095, 65535, 100]
@@ -67,6 +68,70 @@ def test_a_type_is_undone_to_its_integers(tmp_path):
     assert stored.dtype == np.uint16 and stored.ravel().tolist() == list(range(4096))
 
 
+@pytest.mark.parametrize("kind", ["npy", "auto"])
+def test_two_channels_come_back(tmp_path, kind):
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 6, 7, 2)).astype(np.float32)
+    form = export.form(kind, (6, 7), channels=2)
+    assert form.kind == "npy" and form.dtype == "uint16"
+    back = written_and_read(tmp_path / "x", images, form, (6, 7))
+    np.testing.assert_allclose(back, images, atol=2 / 65535)
+
+
+def test_export_undoes_what_a_data_set_was_read_by(tmp_path):
+    """12-bit DICOM is written in 12 bits again, and volumes that share a place lie there again."""
+    deep = np.random.default_rng(0).integers(0, 4096, (3, 6, 7), dtype=np.uint16)
+    (tmp_path / "xray").mkdir()
+    for i, image in enumerate(deep):
+        make_files.dicom(tmp_path / "xray" / f"p{i}.dcm", image, bits=12)
+    load = lambda path, size, **how: data.load(
+        path=path, size=size, patient_pattern=r"p\d", fractions={"train": 1.0}, cache=tmp_path / "cache", **how
+    )["train"]
+    found = load(tmp_path / "xray", (6, 7))
+    assert found.top == 4095
+    form = export.form("npy", (6, 7), intensity="type", top=found.top)
+    export.write_image(tmp_path / "x.npy", found.images[0], form)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy")[..., 0], deep[0])
+    make_files.dicom(tmp_path / "xray" / "p3.dcm", deep[0], bits=16)
+    assert load(tmp_path / "xray", (6, 7)).top is None
+
+
+@pytest.mark.parametrize(
+    "size, how",
+    [
+        ((8, 10, 12), {}),
+        ((10, 7, 14), {"fit": "exact"}),
+        ((4, 5, 6), {"fit": "stretch"}),
+        ((9, 9, 9), {"spacing": (2.0,) * 3}),
+    ],
+)
+def test_exported_volumes_lie_where_the_data_lay(tmp_path, size, how):
+    """A bright voxel is at the same place of the body, in mm, in the file read and in the file written."""
+    turn = np.radians(10)
+    affine = np.array([[1.5 * np.cos(turn), -2 * np.sin(turn), 0, -20], [1.5 * np.sin(turn), 2 * np.cos(turn), 0, 9]])
+    affine = np.vstack([affine, [0, 0, 3.0, -30], [0, 0, 0, 1]])
+    ramps = np.meshgrid(*(np.arange(n) for n in (12, 10, 8)), indexing="ij")  # as NIfTI counts
+    for i in range(2):
+        places = np.einsum("ij,j...->i...", affine[:3], np.stack([*ramps, np.ones((12, 10, 8))]))
+        image = nibabel.Nifti1Image(places[i].astype(np.float32), affine)  # each voxel holds its own x, or y
+        nibabel.save(image, tmp_path / f"p{i}.nii.gz")
+    found = data.load(
+        path=tmp_path, layout="folder", size=size, patient_pattern=r"p\d", intensity="window:-60:60",
+        fractions={"train": 1.0}, cache=tmp_path / "cache", **how,
+    )["train"]  # fmt: skip
+    form = export.form("nifti", size, intensity="window:-60:60", affine=export.placed(np.array(found.affine), size))
+    for i in range(2):
+        export.write_image(tmp_path / "out.nii.gz", found.images[i], form)
+        stored = nibabel.load(tmp_path / "out.nii.gz")
+        values = stored.get_fdata()
+        at = np.stack([*np.meshgrid(*(np.arange(n) for n in values.shape), indexing="ij"), np.ones(values.shape)])
+        places = np.einsum("ij,j...->i...", stored.affine[:3], at)
+        back = np.einsum("ij,j...->i...", np.linalg.inv(affine)[:3], np.concatenate([places, at[3:]]))
+        inside = np.all([(b >= 2) & (b <= n - 3) for b, n in zip(back, (12, 10, 8), strict=True)], axis=0)
+        assert inside.any()
+        resampled = "spacing" in how or how.get("fit") == "stretch"
+        np.testing.assert_allclose(values[inside], places[i][inside], atol=0.3 if resampled else 0.01)  # mm
+
+
 def test_png_depths(tmp_path):
     image = np.linspace(-1, 1, 512, dtype=np.float32).reshape(16, 32, 1)
     for kind, mode, top in (("png8", "L", 255), ("png16", "I;16", 65535)):
@@ -123,9 +188,10 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, size):
     ("kind", "size", "channels", "told"),
     [
         ("tiff", (8, 8), 1, "config.sample.format must be one of auto, png8, png16, nifti, npy, not 'tiff'"),
+        ("png8", (8, 8), 2, "cannot hold 2D images of 2 channels; use nifti or npy"),
         ("png8", (8, 8, 8), 1, "cannot hold 3D images of 1 channels; use nifti or npy"),
         ("png16", (8, 8), 3, "cannot hold 2D images of 3 channels"),
-        ("npy", (8, 8), 7, "cannot hold 2D images of 7 channels"),
+        ("npy", (8, 8), 7, "cannot hold 2D images of 7 channels; no format of ours holds more than 4"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(kind, size, channels, told):
