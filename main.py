@@ -83,8 +83,6 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     stage.claim(folder, settings_of(config, *made_of(config, last), "sample"), grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
     missing = np.array([i for i, path in enumerate(paths) if not path.exists()], np.int32)
-    if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
-        missing = np.arange(len(paths))
     items = source if len(missing) == len(paths) else source[missing] if len(missing) else []
     with log.progress("sampling", len(paths), len(paths) - len(missing), unit="image") as bar:
         done = 0

@@ -87,7 +87,7 @@ def audit(
     train, val, control = (sets[name] for name in ("train", "val", "control"))
     everything = {"train": train, "val": val, "control": control, "synthetic": synthetic}
     content = {name: views.fingerprint(s.images, in_order, batch) for name, s in everything.items()}
-    look = views.like_for_like(sets, synthetic, render, in_order, batch, seed)
+    look = views.like_for_like(sets, synthetic, render, examiner.band, in_order, batch, seed)
     chosen_Q = controls.choose(train.patients, planted, seed)
 
     def space(examiner: spaces.Space, kept_K: np.ndarray | slice = slice(None)) -> tuple[Space, Callable]:
@@ -107,7 +107,7 @@ def audit(
     raw = {name: examiner.vectors(of(name, views.as_it_is)) for name in everything if name != "control"}
     result, test = judge(ours, train, val, control, chosen_Q, **judging)
     result = {
-        "caveats": list(caveats),
+        "caveats": [*caveats, *look.caveats],
         **result,
         "paper": paper_section(raw, alone["control"], train, control, percentile=percentile, seed=seed),
         "rendering": look.report,

@@ -31,6 +31,9 @@ class Space(NamedTuple):
     ]  # of (queries, training images), rows as `embed` gives
     note: str
     vectors: Callable[[np.ndarray], np.ndarray] = neighbours.standardise  # of such rows: what correlates, standardised
+    band: tuple[float, float] = (0.0, 1.0)  # frequencies that the similarity rests on, as shares of Nyquist
+    band: tuple[float, float] = (0.0, 1.0)  # frequencies that the similarity rests on, as shares of Nyquist
+    band: tuple[float, float] = (0.0, 1.0)  # frequencies that the similarity rests on, as shares of Nyquist
 
 
 class Measured(NamedTuple):
@@ -116,7 +119,7 @@ def registered(
         f"correlation after registration, of each image's {candidates} candidates, half by the trained copy detector and "
         "half by their spectra; decides"
     )
-    return Space(jax.jit(rows), search, note, vectors)
+    return Space(jax.jit(rows), search, note, vectors, registration.band(image_shape[:-1]))
 
 
 def alike(query_QxD: np.ndarray, train_NxD: np.ndarray, shape: tuple[int, ...], count: int) -> np.ndarray:

@@ -146,7 +146,7 @@ BASE = {
     "calibrated": {"n_copies": 0, "copy_rate": 0.0, "copy_rate_ci": [0.0, 0.02], "n_mem_patients": 0},
     "power": {"recall": 0.95, "recall_ci": [0.9, 0.98], "at_max_copy_rate": 0.9, "min_detectable_copy_rate": 0.04},
     "negative_control": {"flag_rate": 0.05, "nominal": 0.05, "excess_p_value": 0.5},
-    "rendering": {"differs": False, "worst_gap_db": 0.3},
+    "rendering": {"differs": False, "worst_of": "gradient", "worst_effect": 0.3},
 }
 RULES = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_power": 0.8}
 COPIES = {"n_copies": 40, "copy_rate": 0.2, "copy_rate_ci": [0.15, 0.26], "n_mem_patients": 12}
