@@ -83,24 +83,6 @@ def worst_gap(val_MxF: np.ndarray, syn_KxF: np.ndarray, band: tuple[float, float
     return float(gap[counts][np.argmax(np.abs(gap[counts]))]) if counts.any() else 0.0
 
 
-def worst_gap(val_MxF: np.ndarray, syn_KxF: np.ndarray, band: tuple[float, float] = (0.0, 1.0)) -> float:
-    """The largest in size of `gap_db` among the bands that lie in `band` and hold at least 0.1 % of the variance; dB."""
-    val, syn = val_MxF.mean(0), syn_KxF.mean(0)
-    above = np.arange(1, len(val) + 1) / len(val)
-    counts = (np.maximum(val, syn) >= RELEVANT) & (above > band[0]) & (above <= band[1] + 1 / len(val))
-    gap = 10 * np.log10(np.maximum(syn, 1e-12) / np.maximum(val, 1e-12))
-    return float(gap[counts][np.argmax(np.abs(gap[counts]))]) if counts.any() else 0.0
-
-
-def worst_gap(val_MxF: np.ndarray, syn_KxF: np.ndarray, band: tuple[float, float] = (0.0, 1.0)) -> float:
-    """The largest in size of `gap_db` among the bands that lie in `band` and hold at least 0.1 % of the variance; dB."""
-    val, syn = val_MxF.mean(0), syn_KxF.mean(0)
-    above = np.arange(1, len(val) + 1) / len(val)
-    counts = (np.maximum(val, syn) >= RELEVANT) & (above > band[0]) & (above <= band[1] + 1 / len(val))
-    gap = 10 * np.log10(np.maximum(syn, 1e-12) / np.maximum(val, 1e-12))
-    return float(gap[counts][np.argmax(np.abs(gap[counts]))]) if counts.any() else 0.0
-
-
 @jax.jit
 def apply_filter(x: jax.Array, gain: jax.Array) -> jax.Array:
     """`x` (B, *S, C) with each frequency band multiplied by its gain."""
@@ -120,7 +102,10 @@ class Seen(NamedTuple):
 def mark_names(size: tuple[int, ...], band: tuple[float, float]) -> list[str]:
     """What the F marks of an image of `size` are, as a similarity sees it that rests on frequencies in `band`."""
     top = max(min(size) // 2, 2)
-    powers = [f"power at {low / top:.2f} to {high / top:.2f} of Nyquist" for low, high in itertools.pairwise(_edges(size, band))]
+    powers = [
+        f"power at {low / top:.2f} to {high / top:.2f} of Nyquist"
+        for low, high in itertools.pairwise(_edges(size, band))
+    ]
     return [*powers, *(f"intensity, {100 * q:g} % quantile" for q in QUANTILES), "intensity, skewness", "gradient"]
 
 
@@ -152,6 +137,7 @@ def measure(x: jax.Array, band: tuple[float, float]) -> tuple[jax.Array, jax.Arr
     slope = sum(jnp.abs(jnp.diff(y, axis=a)).mean(axes) for a in axes) / len(axes)
     rest = jnp.stack([(y**3).mean(axes), 10 * jnp.log10(jnp.maximum(slope, 1e-6))], 1)
     return bands, jnp.concatenate([power, quantiles, rest], 1)
+
 
 def compare(
     val: Seen,
@@ -205,7 +191,9 @@ def compare(
     return {
         "gap_db": [round(float(g), 3) if np.isfinite(g) else None for g in gap],
         "worst_gap_db": round(worst_gap(val.shares, syn.shares), 3),
-        "effects": [{"of": of[i], "effect": round(float(effects[i]), 3), "p_value": float(p[i])} for i in range(len(of))],
+        "effects": [
+            {"of": of[i], "effect": round(float(effects[i]), 3), "p_value": float(p[i])} for i in range(len(of))
+        ],
         "worst_of": of[worst],
         "worst_effect": round(float(effects[worst]), 3),
         "p_value": float(p[worst]),

@@ -151,7 +151,10 @@ def test_each_image_is_rendered_with_noise_of_its_own(tmp_path):
     render = lambda z: np.asarray(jnp.clip(model.autoencoder.decode(params, z), -1, 1))
     noise = lambda x, made: (np.asarray(made) - render(posterior(x).mu)).reshape(len(x), -1)
     same_rows = lambda made: np.mean(
-        [np.corrcoef(*pair)[0, 1] for pair in zip(*(noise(x, made(x)) for x in (IMAGES[:16], IMAGES[16:])), strict=True)]
+        [
+            np.corrcoef(*pair)[0, 1]
+            for pair in zip(*(noise(x, made(x)) for x in (IMAGES[:16], IMAGES[16:])), strict=True)
+        ]
     )
     shared = lambda x: render(autoencoder.draw(posterior(x), jax.random.key(0)))
     assert same_rows(shared) > 0.8, "noise by the row alone is the same for both"

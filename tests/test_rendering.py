@@ -204,7 +204,12 @@ def test_a_patient_of_many_images_counts_once():
 
 
 def test_marks_are_named_and_finite():
-    for size, band in (((16, 24), BAND), ((64, 64), registration.band((64, 64))), ((8, 10, 12), (0.1, 0.6)), ((3, 2), BAND)):
+    for size, band in (
+        ((16, 24), BAND),
+        ((64, 64), registration.band((64, 64))),
+        ((8, 10, 12), (0.1, 0.6)),
+        ((3, 2), BAND),
+    ):
         x = np.random.default_rng(0).standard_normal((3, *size, 2)).astype(np.float32)
         x[2] = 0.5  # blank
         found = seen(x, band)
