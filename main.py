@@ -94,8 +94,6 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     stage.claim(folder, settings, grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
     missing = absent(paths)
-    if config.sample.control == "held_out" and len(missing):  # their rendering's noise follows the place in a batch
-        missing = np.arange(len(paths))
     items = source if len(missing) == len(paths) else source[missing] if len(missing) else []
     with log.progress("sampling", len(paths), len(paths) - len(missing), unit="image") as bar:
         done = 0

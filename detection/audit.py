@@ -95,7 +95,7 @@ def audit(
     train, val, control = (sets[name] for name in ("train", "val", "control"))
     everything = {"train": train, "val": val, "control": control, "synthetic": synthetic}
     content = {name: views.fingerprint(s.images, in_order, batch) for name, s in everything.items()}
-    look = views.like_for_like(sets, synthetic, render, in_order, batch, seed)
+    look = views.like_for_like(sets, synthetic, render, examiner.band, in_order, batch, seed)
     chosen_Q = controls.choose(train.patients, planted, seed)
 
     sizes = {name: len(everything[name].ids) for name in ("train", "val", "synthetic")}
@@ -131,7 +131,7 @@ def audit(
         *(of[name] for name in ("train", "synthetic", "val")), val.patients, of["control"], control.patients, seed=seed
     )
     result = {
-        "caveats": list(caveats),
+        "caveats": [*caveats, *look.caveats],
         **result,
         "paper": paper_section(raw, alone["control"], train, control, percentile=percentile, seed=seed),
         "rendering": look.report,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-TOLERANCE_DB = 3.0  # beyond it the rendering check calls a band different
+FACTOR_DB = 3.0  # a factor of two in power, shaded in the spectrum
 MOST_POINTS = 400  # of a curve: more than the pixels that show it
 
 
@@ -219,7 +219,7 @@ def spectrum(result: Mapping[str, Any]) -> Chart:
         )
         if rendering.get(key)
     ]
-    reach = max([np.nanmax(np.abs(g), initial=0.0) for _, _, g in series] + [1.3 * TOLERANCE_DB])
+    reach = max([np.nanmax(np.abs(g), initial=0.0) for _, _, g in series] + [1.3 * FACTOR_DB])
     top = round_top([reach])
     x = axis(0, 1, "spatial frequency, share of the finest")
     y = axis(-top, top, "synthetic over unseen power, dB")
@@ -233,10 +233,10 @@ def spectrum(result: Mapping[str, Any]) -> Chart:
         dots += [(style, *at(across, down, i), f"band {i + 1}: {gap[i]:+.2f} dB") for i in known]
         widest = int(known[np.argmax(np.abs(gap[known]))])
         labels.append(Label(style, text, *at(across, down, widest)))
-    low, high = (float(100 - y.at(edge)) for edge in (-TOLERANCE_DB, TOLERANCE_DB))
+    low, high = (float(100 - y.at(edge)) for edge in (-FACTOR_DB, FACTOR_DB))
     middle = float(100 - y.at(0))
     return Chart(
-        "Ratio of synthetic to unseen power by spatial frequency, in decibels; within 3 dB is alike",
+        "Ratio of synthetic to unseen power by spatial frequency, in decibels; 3 dB is a factor of two",
         x,
         y,
         labels,

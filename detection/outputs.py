@@ -110,7 +110,8 @@ def table(result: dict[str, Any], folder: Path) -> str:
         f"power: smallest copy rate that can be named: {rate('smallest_flaggable_copy_rate')}; noticed: "
         f"{rate('smallest_seen_copy_rate')}; found with {percent(power['probability'])} probability: {rate('min_detectable_copy_rate')}",
         f"rendering differs: {'YES' if result['rendering']['differs'] else 'no'} "
-        f"({result['rendering']['worst_gap_db']:+.1f} dB; before matching {result['rendering']['raw_worst_gap_db']:+.1f} dB)",
+        f"({result['rendering']['worst_of']}: {result['rendering']['worst_effect']:+.2f} standard deviations, "
+        f"p = {result['rendering']['p_value']:.3f}; largest gap before matching {result['rendering']['raw_worst_gap_db']:+.1f} dB)",
         *release_lines(result["release"]),
         f"verdict: {result['verdict']}: {result['reasons'][0]}",
         *(f"         {reason}" for reason in result["reasons"][1:]),

@@ -25,6 +25,18 @@ def shape(size: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(max(int(n * ratio), 1) for n in size)
 
 
+def band(size: tuple[int, ...]) -> tuple[float, float]:
+    """Frequencies, as shares of the Nyquist frequency of an image of `size`, that `correlation` rests on.
+
+    Those whose power the two bands and the smaller size leave at a tenth of its most, or more.
+    """
+    f = np.linspace(0, 1, 1001)
+    blurred = lambda sigma: np.exp(-0.5 * (np.pi * f * sigma) ** 2)
+    power = ((blurred(FINE) - blurred(COARSE)) * (1 - blurred(MIDDLE))) ** 2
+    kept = f[power >= 0.1 * power.max()] * (np.prod(shape(size)) / np.prod(size)) ** (1 / len(size))
+    return float(kept[0]), float(kept[-1])
+
+
 def looks(x: jax.Array) -> jax.Array:
     """Images (B, *S, C) -> (B, *shape(S)): averaged over channels, made smaller, and band-passed from FINE to COARSE."""
     x = x.mean(-1)

@@ -107,7 +107,6 @@ def render(result: Mapping[str, Any], pairs: Sequence[Pair], *, redact: bool, ti
         most_patients=MOST_PATIENTS,
         units=UNITS,
         doubt=verdict.DOUBT,
-        tolerance=charts.TOLERANCE_DB,
         flat=flat,
         **readers(result),
     )
@@ -140,6 +139,7 @@ def readers(result: Mapping[str, Any]) -> dict[str, Callable[..., Markup]]:
         "scores": reader(lambda ci: f"[{ci[0]:.3f}, {ci[1]:.3f}]"),
         "chance": reader(lambda p: f"{p:.3f}" if p >= 0.0005 else f"{p:.1g}"),
         "decibel": reader(lambda g: f"{g:+.1f} dB"),
+        "deviations": reader(lambda d: f"{d:+.2f} SD"),
         "plain": reader(plain),
         "look": functools.partial(look, result),
     }

@@ -32,6 +32,7 @@ class Space(NamedTuple):
     keep: Callable[[np.ndarray], np.ndarray] = neighbours.standardise  # rows as `embed` gives them -> as they are kept
     vectors: Callable[[np.ndarray], np.ndarray] = lambda rows: rows  # what correlates of rows as kept, standardised
     slow: bool = False  # measured on `audit.slow_images` of each set only
+    band: tuple[float, float] = (0.0, 1.0)  # frequencies that the similarity rests on, as shares of Nyquist
 
 
 class Measured(NamedTuple):
@@ -136,7 +137,7 @@ def registered(
         f"correlation after registration, of each image's {candidates} candidates, half by the trained copy detector and "
         "half by their spectra; decides"
     )
-    return Space(jax.jit(rows), search, note, keep, vectors)
+    return Space(jax.jit(rows), search, note, keep, vectors, band=registration.band(image_shape[:-1]))
 
 
 def alike(

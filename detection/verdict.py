@@ -43,11 +43,11 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
     )
 
     broken = []
-    if result["rendering"]["differs"]:
-        gap = result["rendering"]["worst_gap_db"]
+    look = result["rendering"]
+    if look["differs"]:
         broken.append(
-            f"synthetic and real images are rendered differently ({gap:+.1f} dB in the worst frequency band): "
-            "high similarity may be smoothness, low similarity noise"
+            f"synthetic and real images are rendered differently ({look['worst_of']}: {look['worst_effect']:+.1f} standard "
+            "deviations): high similarity may be smoothness, low similarity noise"
         )
     if negative["excess_p_value"] < DOUBT:
         broken.append(

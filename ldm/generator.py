@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import checkpoint
-from ldm import autoencoder, controls, diffusion, gan, reconstruction, samplers, unet
+from ldm import autoencoder, controls, diffusion, gan, levels, reconstruction, samplers, unet
 
 # stages of training, in order; each is a folder of the workdir, the last one what is sampled from
 STAGES = {"ldm": ("autoencoder", "diffusion"), "vae": ("vae",), "gan": ("gan",)}
@@ -227,8 +227,9 @@ def round_trip(generator: Generator) -> Callable[[jax.Array], jax.Array] | None:
     """A jitted function: images -> the autoencoder's rendering of them, clipped to [-1, 1]. None for a GAN, which has none.
 
     It decodes a draw z ~ q, which is what the decoder is given when it is sampled from; so real images passed through it
-    are rendered as samples are, and the audit can compare like with like. The draw's noise depends on the row in the
-    batch alone.
+    are rendered as samples are, and the audit can compare like with like. The draw's noise follows from the image's own
+    bits: each image has its own, as each sample has, and the same one in whatever batch and place it comes. Noise that two
+    images share is a likeness of the two that samples have with neither.
     """
     if generator.autoencoder is None:
         return None
@@ -236,7 +237,8 @@ def round_trip(generator: Generator) -> Callable[[jax.Array], jax.Array] | None:
 
     @jax.jit
     def trip(params: Any, x: jax.Array) -> jax.Array:
-        z = autoencoder.draw(generator.autoencoder.encode(params, x), jax.random.key(0))
+        keys = jax.vmap(lambda mark: jax.random.fold_in(jax.random.key(0), mark))(levels.fingerprint(x))
+        z = jax.vmap(autoencoder.draw)(generator.autoencoder.encode(params, x), keys)
         return jnp.clip(generator.autoencoder.decode(params, z), -1.0, 1.0)
 
     return lambda x: trip(params, x)

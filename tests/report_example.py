@@ -193,6 +193,19 @@ def complete(result, found, verdict="FAIL", seed=0):
         },
         "rendering": {
             **result["rendering"],
+            "band": [0.063, 0.3],
+            "effects": [
+                {"of": of, "effect": effect, "p_value": p}
+                for of, effect, p in (
+                    ("power at 0.22 to 0.31 of Nyquist", -0.214, 0.129),
+                    ("intensity, 95 % quantile", 0.103, 0.934),
+                    ("gradient", 0.052, 1.0),
+                    ("dispersion of power at 0.22 to 0.31 of Nyquist", 0.117, 0.871),
+                )
+            ],
+            "worst_of": "power at 0.22 to 0.31 of Nyquist",
+            "worst_effect": -0.214,
+            "tolerance": 0.8,
             "raw_worst_gap_db": -11.318,
             "raw_gap_db": [-11.3 / 32 * i for i in range(33)][1:],
         },

@@ -12,7 +12,7 @@ import pytest
 
 import ldm
 from launch import layers, loop, mesh
-from ldm import diffusion, gan, generator, reconstruction
+from ldm import autoencoder, diffusion, gan, generator, reconstruction
 from tests.test_loop import Killed, _Compiles, assert_same
 from tests.test_main import cache, run  # noqa: F401
 
@@ -138,6 +138,27 @@ def test_a_sample_is_a_function_of_its_number(tmp_path, kind):
     assert np.abs(other - eight).max() > 1e-3
     trip = ldm.round_trip(model)
     assert trip is None if kind == "gan" else trip(IMAGES[:4]).shape == (4, 16, 16, 1)
+
+
+def test_each_image_is_rendered_with_noise_of_its_own(tmp_path):
+    """Whatever comes beside it and wherever it stands; unseen images share none with training images of the same rows."""
+    model = build("ldm", tmp_path)
+    train(model, "autoencoder", steps=2)
+    trip, params = ldm.round_trip(model), generator.load_autoencoder(model)
+    np.testing.assert_allclose(trip(np.concatenate([IMAGES[:8], IMAGES[:8]]))[8:], trip(IMAGES[:8]), atol=1e-5)
+    np.testing.assert_allclose(trip(IMAGES[[11, 5, 2, 7]])[1:], trip(IMAGES[:8])[np.array([5, 2, 7])], atol=1e-5)
+    posterior = lambda x: model.autoencoder.encode(params, x)
+    render = lambda z: np.asarray(jnp.clip(model.autoencoder.decode(params, z), -1, 1))
+    noise = lambda x, made: (np.asarray(made) - render(posterior(x).mu)).reshape(len(x), -1)
+    same_rows = lambda made: np.mean(
+        [
+            np.corrcoef(*pair)[0, 1]
+            for pair in zip(*(noise(x, made(x)) for x in (IMAGES[:16], IMAGES[16:])), strict=True)
+        ]
+    )
+    shared = lambda x: render(autoencoder.draw(posterior(x), jax.random.key(0)))
+    assert same_rows(shared) > 0.5, "noise by the row alone is the same for both"
+    assert abs(same_rows(trip)) < 0.2
 
 
 def test_a_vae_samples_from_its_prior(tmp_path):
