@@ -23,10 +23,6 @@ from data import augment, copies, export
 from launch import checkpoint, cost, log, loop, machine, mesh, stage
 from ldm import controls, imagenet
 
-PER_IMAGE = (
-    "every image counts as a patient of its own (data.patients='per_image'): if patients have several images, "
-    "training and unseen images are related, intervals are too narrow, and memorization is understated"
-)
 MODES = ("train", "sample", "audit")
 RENOISE = (0.2, 0.4, 0.6)  # noise levels t / T of planted copies
 _CONFIG = config_flags.DEFINE_config_file(
@@ -114,11 +110,16 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     settings = config.audit.to_dict()
     own = ("synthetic", "release", "exit_code", "spaces", "membership", "embeddings", "register")
     foreign, release, exit_code, beside, member, vectors, candidates = (settings.pop(name) for name in own)
-    sets = data.load(**config.data.to_dict())
     ours = foreign is None
     source = workdir / "samples" if ours else Path(foreign).expanduser()
-    reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
-    synthetic = data.read_folder(source, **reading | ({"intensity": form_of(config, workdir).reading} if ours else {}))
+    synthetic = read_synthetic(config, workdir, source)
+    sets = data.load(**config.data.to_dict())
+    for name in ("train", "val", "control"):  # the audit's null and its negative control are no luxury
+        if not len(sets[name].ids):
+            raise ValueError(
+                f"config.data.fractions.{name}={config.data.fractions[name]:g}: an audit needs {name!r} patients; "
+                "give them a share, say 0.15, or a split in the manifest"
+            )
     given = {}
     if vectors:
         ids = {"train": sets["train"].ids, "val": sets["val"].ids, "synthetic": synthetic.ids}
@@ -136,6 +137,8 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         plants |= {("re-noise", level): ldm.renoised(generator, weights, level=level) for level in RENOISE}
         if member:
             losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
+    compare = functools.partial(quality, config, sets, embed)
+    whole, kept = workdir / "quality.json", workdir / "quality-released.json"
     others = detection.spaces_of(
         beside,
         model.image_shape,
@@ -157,18 +160,37 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         source=source,
         in_order=data.in_order,
         folder=workdir / "audit",
-        caveats=([PER_IMAGE] if config.data.patients == "per_image" else []) + list(sets["train"].notes),
+        caveats=([detection.PER_IMAGE] if config.data.patients == "per_image" else []) + list(sets["train"].notes),
         release_to=Path(release).expanduser() if release else None,
+        quality=lambda keep_K: ldm.before_and_after(
+            compare(synthetic, whole), compare(data.subset(synthetic, keep_K), kept), "synthetic"
+        )
+        if config.quality.enabled
+        else None,
         seed=config.seed,
         **settings,
     )
-    if config.quality.enabled:
-        quality(config, workdir, sets, synthetic, embed)
+    if config.quality.enabled and not release:
+        compare(synthetic, whole)
     return detection.EXIT[(result["release"] or result)["verdict"]] if exit_code else 0
 
 
-def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.ImageSet, embed: Callable) -> None:
-    """Compares the synthetic images with unseen real ones in feature spaces; writes `quality.json`."""
+def read_synthetic(config: ConfigDict, workdir: Path, source: Path) -> data.ImageSet:
+    """The images to audit, before anything that takes long; an error names the key."""
+    reading = {name: config.data[name] for name in ("size", "intensity", "fit", "on_error", "cache")}
+    if config.audit.synthetic is None:
+        reading["intensity"] = form_of(config, workdir).reading
+    try:
+        return data.read_folder(source, **reading)
+    except (FileNotFoundError, ValueError) as error:
+        mend = "config.audit.synthetic must name a folder of images, or be None after --mode=sample"
+        raise ValueError(f"{error} ({mend})") from error
+
+
+def quality(
+    config: ConfigDict, sets: dict, embed: Callable, synthetic: data.ImageSet, path: Path
+) -> dict[str, Any] | None:
+    """Compares the synthetic images with unseen real ones in feature spaces; writes `path`. See `ldm.evaluate`."""
     settings = config.quality.to_dict()
     if settings["reference"] not in ("val", "train"):
         raise ValueError(f"config.quality.reference={settings['reference']!r}: use 'val' or 'train'")
@@ -177,12 +199,12 @@ def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.Image
         spaces[imagenet.NAME] = imagenet.features()
     if settings["features"]:
         spaces["features of config.quality.features"] = Path(settings["features"])
-    ldm.evaluate(
+    return ldm.evaluate(
         sets[settings["reference"]],
         {"synthetic": synthetic, "unseen real": sets["control"]},
         spaces=spaces,
         in_order=data.in_order,
-        path=workdir / "quality.json",
+        path=path,
         seed=config.seed,
         **{k: settings[k] for k in ("neighbours", "pairs", "batch")},
     )

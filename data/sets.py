@@ -172,6 +172,14 @@ def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> Imag
     return ImageSet(_stored(done, places), ids, np.full(len(ids), ""), done.spacing, window)
 
 
+def subset(one: ImageSet, keep: np.ndarray) -> ImageSet:
+    """The images of a set at which `keep`, (n,) bool, is true; they stay on disk."""
+    from data import builder
+
+    images = builder.Stored(one.images.folder, one.images.indices[keep])
+    return one._replace(images=images, ids=one.ids[keep], patients=one.patients[keep])
+
+
 def _read(
     found: manifest.Manifest,
     *,

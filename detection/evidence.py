@@ -66,15 +66,24 @@ def side_by_side(
 
 
 def of_membership(
-    losses: Callable[[jax.Array], jax.Array],
+    losses: Callable[[jax.Array], jax.Array] | None,
     levels: Sequence[float],
     sets: Mapping[str, Any],
     *,
     in_order: Callable[..., Iterator],
     batch: int,
     seed: int,
-) -> dict[str, Any]:
-    """The section `membership`, from `losses`: images (B, *S, C) -> (B, L) denoising losses of the audited generator."""
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The section `membership`, from `losses`: images (B, *S, C) -> (B, L) denoising losses of the audited generator.
+
+    Returns:
+      (the section, None), or (None, why there is none): an audit does not end for it.
+    """
+    if losses is None:
+        return None, "it needs the generator itself, a diffusion model of ours, and config.audit.membership"
+    names = ("train", "val", "control")
+    if refused := membership.too_few({name: sets[name].patients for name in names}):
+        return None, refused
 
     def measure(name: str) -> membership.Losses:
         with log.progress(f"loss of {name}", len(sets[name].ids), unit="image") as bar:
@@ -84,7 +93,10 @@ def of_membership(
                 bar.update(len(part))
         return membership.Losses(np.concatenate(parts), sets[name].patients)
 
-    return membership.membership(*(measure(n) for n in ("train", "val", "control")), np.asarray(levels), seed=seed)
+    measured = [measure(name) for name in names]
+    if broken := [name for name, of in zip(names, measured, strict=True) if not np.isfinite(of.loss).all()]:
+        return None, f"the generator's losses of the {broken[0]} images are not finite: its weights are broken, train it again"
+    return membership.membership(*measured, np.asarray(levels), seed=seed), None
 
 
 def of_distances(
@@ -95,6 +107,9 @@ def of_distances(
     val: Any,
     control: Any,
     seed: int,
-) -> dict[str, Any]:
-    """The section `baselines`, in the detector's space."""
-    return baselines.baselines(train_NxD, syn_KxD, val_MxD, val.patients, control_CxD, control.patients, seed=seed)
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The section `baselines`, in the detector's space, and None; or None and why there is none."""
+    if len(train_NxD) < 2:
+        return None, "they need two training images: enlarge config.data.fractions.train"
+    how = (val.patients, control_CxD, control.patients)
+    return baselines.baselines(train_NxD, syn_KxD, val_MxD, *how, seed=seed), None

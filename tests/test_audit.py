@@ -41,7 +41,7 @@ def sets():
 def run(sets, synthetic, folder, **other):
     settings = dict(
         render=None, plants=PLANTS, again=None, others={}, losses=None, levels=(), described={}, redact=False, source=folder / "source", in_order=data.in_order, folder=folder / "audit",
-        caveats=[], policy=POLICY, release_to=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, batch=32, seed=0,
+        caveats=[], policy=POLICY, release_to=None, release_level=0.05, release_anyway=False, quality=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, batch=32, seed=0,
     )  # fmt: skip
     space = other.pop("space", spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=8))
     return audit(space, sets, named(synthetic, "syn"), **settings | other)
