@@ -190,6 +190,7 @@ def audit(
             synthetic, train, ours.hits.index[:, 0], ours.hits.sim[:, 0], test.p_K, test.flagged_K, pairs
         )
         checkpoint.write_json(folder / "audit.json", result)
+        (folder / "audit.redacted.json").unlink(missing_ok=True)  # of an earlier audit
         if redact:
             checkpoint.write_json(folder / "audit.redacted.json", redaction.redacted(result, top))
         report.write(folder / "report.html", result, top, redact=redact, title="Copies of patients in a synthetic set")
