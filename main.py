@@ -162,11 +162,11 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         folder=workdir / "audit",
         caveats=([detection.PER_IMAGE] if config.data.patients == "per_image" else []) + list(sets["train"].notes),
         release_to=Path(release).expanduser() if release else None,
-        quality=lambda keep_K: ldm.before_and_after(
-            compare(synthetic, whole), compare(data.subset(synthetic, keep_K), kept), "synthetic"
-        )
-        if config.quality.enabled
-        else None,
+        quality=lambda keep_K: (
+            ldm.before_and_after(compare(synthetic, whole), compare(data.subset(synthetic, keep_K), kept), "synthetic")
+            if config.quality.enabled
+            else None
+        ),
         seed=config.seed,
         **settings,
     )

@@ -292,7 +292,8 @@ def examined_again(
       first: the planted copies by the filter's score, its line, and their patients.
     Returns:
       For each look: its space, the images that it flags, what it sees of the planted copies that the filter missed
-      (`release.seen_of_missed`), and its verdict, which is FAIL or says little: it has no power of its own.
+      (`release.seen_of_missed`), and its verdict: FAIL, or INCONCLUSIVE, since among what is left it has no power of its
+      own to show that there are none.
     """
     planted, line, patients_Q = first
     rows = []
@@ -304,7 +305,11 @@ def examined_again(
         if from_here is None:
             from_here = float(np.nextafter(space.null_M.max(), np.float32(np.inf)))
         seen = release.seen_of_missed(planted, line, space.planted, from_here, patients_Q, seed)
-        rows.append({"space": name, **counts, **seen, "verdict": word, "reasons": reasons})
+        if word != "FAIL":
+            reasons = [release.said_of_missed(seen), *(reasons if word == "INCONCLUSIVE" else [])]
+        rows.append(
+            {"space": name, **counts, **seen, "verdict": word if word == "FAIL" else "INCONCLUSIVE", "reasons": reasons}
+        )
     return rows
 
 

@@ -95,7 +95,10 @@ def of_membership(
 
     measured = [measure(name) for name in names]
     if broken := [name for name, of in zip(names, measured, strict=True) if not np.isfinite(of.loss).all()]:
-        return None, f"the generator's losses of the {broken[0]} images are not finite: its weights are broken, train it again"
+        return (
+            None,
+            f"the generator's losses of the {broken[0]} images are not finite: its weights are broken, train it again",
+        )
     return membership.membership(*measured, np.asarray(levels), seed=seed), None
 
 

@@ -92,7 +92,9 @@ def too_few(patients: Mapping[str, np.ndarray]) -> str | None:
     """Why sets of these patients are too small to measure membership; None where they are not."""
     for name, of in patients.items():
         if (count := len(np.unique(of))) < FEWEST:
-            return f"membership needs at least {FEWEST} {name} patients, not {count}: enlarge config.data.fractions.{name}"
+            return (
+                f"membership needs at least {FEWEST} {name} patients, not {count}: enlarge config.data.fractions.{name}"
+            )
     return None
 
 

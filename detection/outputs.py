@@ -117,7 +117,12 @@ def release_lines(release: dict[str, Any] | None) -> list[str]:
     """What was released, or why nothing was, for the terminal."""
     if not release:
         return []
-    out = [("n_flagged", "flagged"), ("n_over_line", "over the line"), ("n_duplicates", "training images"), ("n_removed_with_them", "that go with them")]
+    out = [
+        ("n_flagged", "flagged"),
+        ("n_over_line", "over the line"),
+        ("n_duplicates", "training images"),
+        ("n_removed_with_them", "that go with them"),
+    ]
     counts = ", ".join(f"{release[key]} {what}" for key, what in out)
     if release["released"]:
         first = f"release: {release['n_kept']} images in {release['folder']}"
@@ -126,11 +131,7 @@ def release_lines(release: dict[str, Any] | None) -> list[str]:
         if Path(release["folder"], "manifest.csv").exists():
             first += f"; {release['folder']} holds an earlier release, which this audit does not vouch for"
     lines = [f"{first}; left out: {counts}; verdict on what is left: {release['verdict']}: {release['reasons'][0]}"]
-    for again in release["again"]:
-        seen = f"{again['n_missed']} planted copies escaped the filter"
-        if again["recall"] is None:
-            seen += ", too few to tell what this sees of such"
-        else:
-            seen += f", of which this sees {100 * again['recall']:.1f} %"
-        lines.append(f"  by {again['space']}: {again['n_copies']} copies; {seen}")
-    return lines
+    return lines + [
+        f"  by {again['space']}: {again['n_copies']} copies flagged: {again['verdict']}, {again['reasons'][0]}"
+        for again in release["again"]
+    ]

@@ -104,9 +104,7 @@ def parts_of_files(ids: Sequence[str], removed_K: np.ndarray) -> np.ndarray:
     return np.isin(files, files[removed_K])
 
 
-def training_images(
-    synthetic: Sequence, train: Sequence, in_order: Callable[..., Iterator], batch: int
-) -> np.ndarray:
+def training_images(synthetic: Sequence, train: Sequence, in_order: Callable[..., Iterator], batch: int) -> np.ndarray:
     """Which synthetic images are a training image to the last of 256 grey levels, whatever any score says: (K,) bool."""
 
     def contents(images: Sequence) -> list[bytes]:
@@ -156,7 +154,9 @@ def seen_of_missed(
       n_missed: planted copies under the line. recall, recall_ci: the share of them at or above `threshold`, by patient;
       None where there are fewer than `FEWEST`.
     """
-    counted = [(one.sim_Q < line, other.sim_Q >= threshold) for one, other in zip(first, second, strict=True) if one.standard]
+    counted = [
+        (one.sim_Q < line, other.sim_Q >= threshold) for one, other in zip(first, second, strict=True) if one.standard
+    ]
     missed, seen = (np.concatenate(parts) for parts in zip(*counted, strict=True))
     n = int(missed.sum())
     if n < FEWEST:
@@ -166,8 +166,21 @@ def seen_of_missed(
     return {"n_missed": n, "recall": float(seen[missed].mean()), "recall_ci": list(ci)}
 
 
+def said_of_missed(seen: Mapping[str, Any]) -> str:
+    """What `seen_of_missed` found, in words."""
+    missed = f"{seen['n_missed']} planted copies escaped the filter"
+    if seen["recall"] is None:
+        return f"{missed}, too few to tell what this sees of such"
+    return f"{missed}, of which this sees {100 * seen['recall']:.1f} %"
+
+
 def decide(
-    result: Mapping[str, Any], recall: Mapping[str, Any], n_over: int, kept: int, again: Sequence[Mapping[str, Any]], policy: Mapping[str, float]
+    result: Mapping[str, Any],
+    recall: Mapping[str, Any],
+    n_over: int,
+    kept: int,
+    again: Sequence[Mapping[str, Any]],
+    policy: Mapping[str, float],
 ) -> tuple[str, list[str], dict[str, Any]]:
     """The verdict on what is left.
 
@@ -192,9 +205,13 @@ def decide(
         return "INCONCLUSIVE", ["the filter removed every image: there is nothing to release"], bound
     doubts = []
     if result["rendering"]["differs"]:
-        doubts.append("synthetic and real images are rendered differently, so no similarity holds, the filter's neither")
+        doubts.append(
+            "synthetic and real images are rendered differently, so no similarity holds, the filter's neither"
+        )
     if result["negative_control"]["excess_p_value"] < verdict.DOUBT:
-        doubts.append("the negative control is too high, so the unseen patients do not show what an innocent image is like")
+        doubts.append(
+            "the negative control is too high, so the unseen patients do not show what an innocent image is like"
+        )
     if recall["recall"] < policy["min_recall"]:
         doubts.append(
             f"the filter catches {percent(recall['recall'])} of planted copies; the policy asks for {percent(policy['min_recall'])}"

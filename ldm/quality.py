@@ -88,7 +88,11 @@ def before_and_after(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
         return figures | {"ms_ssim": short(result["ms_ssim"][name])}
 
     short = [when for when, result in (("whole", before), ("released", after)) if result is None]
-    reason = f"the {short[0]} set, or the real ones beside it, have fewer than {distances.FEWEST} patients" if short else None
+    reason = (
+        f"the {short[0]} set, or the real ones beside it, have fewer than {distances.FEWEST} patients"
+        if short
+        else None
+    )
     return {"before": of(before), "after": of(after), "reason": reason}
 
 

@@ -19,10 +19,9 @@ KINDS = {
     "blur": [1.0, 2.0],
     "combined": [1.0],
     "autoencoder": [1.0],
-    "re-noised": [0.2, 0.4, 0.6, 0.8],
+    "re-noise": [0.2, 0.4, 0.6, 0.8],
     "JPEG-like": ["weak", "strong"],
 }
-UNITS = {"re-noised": "t / T"}
 
 
 def around(rate, n, rng):
@@ -182,7 +181,6 @@ def complete(result, found, verdict="FAIL", seed=0):
                 "recall": (recall := float(np.clip(0.995 - 0.35 * i * rng.random(), 0, 1))),
                 "recall_ci": around(recall, 64, rng),
                 "right_patient": float(rng.uniform(0.94, 1)),
-                **({"unit": UNITS[kind]} if kind in UNITS else {}),
             }
             for kind, strengths in KINDS.items()
             for i, strength in enumerate(strengths)

@@ -126,7 +126,11 @@ def test_release_leaves_out_copies_and_what_goes_with_them(sets, tmp_path, space
 @pytest.mark.parametrize(
     ("few", "broken", "told"),
     [
-        ({"control": 3}, False, "membership needs at least 4 control patients, not 3: enlarge config.data.fractions.control"),
+        (
+            {"control": 3},
+            False,
+            "membership needs at least 4 control patients, not 3: enlarge config.data.fractions.control",
+        ),
         ({"train": 1}, False, "membership needs at least 4 train patients, not 1"),
         ({}, True, "the generator's losses of the train images are not finite"),
     ],

@@ -233,7 +233,11 @@ def test_an_audit_without_a_negative_control_is_refused_at_once(whole, cache, tm
 @pytest.mark.slow
 def test_a_release_that_does_not_pass_writes_no_folder_and_costs_are_told(whole, cache, tmp_path):
     """By the command: 24 unseen patients say too little; with release_anyway the folder says so itself."""
-    flags = [f"--config.audit.release={tmp_path / 'out'}", "--config.audit.exit_code=True", "--config.audit.redact=True"]
+    flags = [
+        f"--config.audit.release={tmp_path / 'out'}",
+        "--config.audit.exit_code=True",
+        "--config.audit.redact=True",
+    ]
     done = run(whole, "--mode=audit", *flags, cache=cache)
     said = json.loads((whole / "audit" / "audit.json").read_text())["release"]
     assert done.returncode == {"FAIL": 3, "INCONCLUSIVE": 4}[said["verdict"]], done.stderr

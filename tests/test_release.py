@@ -89,7 +89,9 @@ def test_what_is_left_out_and_why():
     """By hand: five groups of vectors on a circle; similarity is the cosine."""
     train = np.eye(6)
     near = lambda i, s: s * train[i] + np.sqrt(1 - s**2) * train[5]
-    rows = np.stack([near(0, 0.99), near(0, 0.6), near(1, 0.9), near(1, 0.89), near(2, 0.3), near(3, 0.5), near(4, 0.2)])
+    rows = np.stack(
+        [near(0, 0.99), near(0, 0.6), near(1, 0.9), near(1, 0.89), near(2, 0.3), near(3, 0.5), near(4, 0.2)]
+    )
     found = neighbours.Neighbours((rows @ train[:5].T).max(1)[:, None], (rows @ train[:5].T).argmax(1)[:, None])
     search = lambda q, t: neighbours.Neighbours((q @ t.T).max(1)[:, None], (q @ t.T).argmax(1)[:, None])
     p = np.array([0.01, 0.3, 0.04, 0.06, 0.7, 0.2, 0.8])
@@ -170,7 +172,15 @@ POLICY = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_powe
     ("main", "recall", "n_over", "kept", "again", "word", "told"),
     [
         ({}, GOOD, 10, 200, LOOKS, "PASS", "at most 2 (1.0 %) of the 200 images left"),
-        ({}, GOOD, 10, 200, [*LOOKS, {"space": "two", "verdict": "FAIL", "reasons": ["3 copies"]}], "FAIL", "two: 3 copies"),
+        (
+            {},
+            GOOD,
+            10,
+            200,
+            [*LOOKS, {"space": "two", "verdict": "FAIL", "reasons": ["3 copies"]}],
+            "FAIL",
+            "two: 3 copies",
+        ),
         ({"rendering": {"differs": True}}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "rendered differently"),
         ({"negative_control": {"excess_p_value": 0.001}}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "negative control"),
         ({}, {"recall": 0.6, "recall_ci": [0.5, 0.7]}, 0, 200, LOOKS, "INCONCLUSIVE", "catches 60.0 %"),

@@ -96,11 +96,11 @@ def test_every_key_of_a_real_audit_is_documented(real):
 def test_the_example_invents_no_key(real):
     """What the tests of the report rest on is what an audit writes."""
     result, _, _ = real
-    invented = {place for place in paths(report_example.example()) if place not in paths(result)}
-    sections = {place[0] for place in invented}
-    shorter = {place for place in invented if any(other[: len(place)] == place for other in paths(result))}
+    known = paths(result)
+    alike = lambda one, other: one[: len(other)] == other or other[: len(one)] == one  # null here, a list there
+    invented = {place for place in paths(report_example.example()) if not any(alike(place, other) for other in known)}
     tail = {place for place in invented if place[:2] == ("calibrated", "tail")}  # refused in one of the two
-    assert not invented - shorter - tail, sections
+    assert not invented - tail
 
 
 def test_every_number_of_a_real_audit_is_shown(real):
@@ -117,7 +117,9 @@ def test_every_number_of_a_real_audit_is_shown(real):
         if value not in (None, {}) and not above & shown and not (isinstance(value, str) and value in words):
             unseen.add("/".join("*" if isinstance(key, int) else str(key) for key in keys))
     in_words = {"rendering/differs", "release/released"}
-    in_words |= {f"{a}_extrapolated" for a in ("paper/mem_rate_size_matched", "calibrated/size_matched", "paper/null_mem_rate")}
+    in_words |= {
+        f"{a}_extrapolated" for a in ("paper/mem_rate_size_matched", "calibrated/size_matched", "paper/null_mem_rate")
+    }
     assert {place for place in unseen if not place.startswith("spaces/")} <= in_words
 
 
@@ -161,10 +163,12 @@ def dressed(result, pairs, names):
     return made, shown
 
 
-NAMES = st.text("ABCDEFGHJKLMNPQRSTUVWXYZ0123456789_-. 'éß王", min_size=6, max_size=24).map(lambda s: f"Zq{s.strip()}Zq")
+NAMES = st.text("ABCDEFGHJKLMNPQRSTUVWXYZ0123456789_-. 'éß王", min_size=6, max_size=24).map(
+    lambda s: f"Zq{s.strip()}Zq"
+)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(names=st.lists(NAMES, min_size=4, max_size=4, unique=True))
 def test_what_is_shared_does_not_depend_on_names(real, names):
     """Any names give the same bytes, so none can be read out of them, whole or in part."""
@@ -178,6 +182,6 @@ def test_what_is_shared_does_not_depend_on_names(real, names):
             json.dumps(redaction.redacted(made, shown), ensure_ascii=False),
         )
 
-    plain = shared(["one", "two", "three", "four"])
+    plain = shared(["Zq one Zq", "Zq two Zq", "Zq three Zq", "Zq four Zq"])
     assert shared(names) == plain
     assert not any(name in text for name in names for text in plain)
