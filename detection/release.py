@@ -8,7 +8,6 @@ scores that it did not use, and by a bound on the copies that it missed.
 import csv
 import hashlib
 import io
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

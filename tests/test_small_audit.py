@@ -4,6 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import data
 import ldm
-from detection import redaction, report, spaces, views
+from detection import audit, redaction, report, spaces, views
 from tests import report_example, test_audit
 from tests.conftest import ROOT, make_mesh
 from tests.test_audit import SIZE, people
@@ -62,10 +63,6 @@ def real(tmp_path_factory):
         release_to=folder / "release", release_level=0.05, release_anyway=False, fdr=0.1, percentile=95.0, pairs=4,
         planted=40, batch=32, seed=0,
     )  # fmt: skip
-    import jax
-
-    from detection import audit
-
     with jax.set_mesh(make_mesh(8, 1)):
         space = spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=8)
         result = audit(space, sets, synthetic, **settings)
@@ -134,7 +131,7 @@ def tokens(sets):
 
 
 def test_redacted_files_hold_no_name_of_a_patient_or_file(real):
-    result, folder, sets = real
+    _, folder, sets = real
     whole = (folder / "audit" / "audit.json").read_text()
     assert "SMITH JOHN" in whole and "TRAINSON_JOHN" in whole
     page = re.sub(r"<style>.*?</style>", "", (folder / "audit" / "report.html").read_text(), flags=re.DOTALL)
