@@ -272,6 +272,7 @@ def filtered(
         ours.rows["synthetic"],
         examiner.search,
         line=line,
+        level=level,
         threshold=test.threshold,
     )
     return left, line

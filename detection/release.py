@@ -63,31 +63,35 @@ def without_copies(
     search: Callable,
     *,
     line: float,
+    level: float,
     threshold: float | None,
 ) -> Filter:
     """Leaves out what the audit flags, what is over the line, what is a training image, near-twins of these, and the rest
     of their files.
 
-    Twins are images as similar to one over the line as copies are to originals (`line`) that point at the same training
-    image; images as similar to a flagged one as the least similar flagged one is to its original (`threshold`); and those
-    that point at the training image that a flagged one points at, if half of the unseen patients are less similar to
-    theirs. Twins of twins stay, so that a set whose images are much alike is not lost for one of them.
+    Twins of one over the line are images as similar to it as copies are to originals (`line`) that point at the same
+    training image and are themselves near the line: p at most twice the level, which bounds what an innocent set loses,
+    however much its images are alike. Twins of a flagged one point at the same training image, or are as similar to it as
+    the least similar flagged one is to its original (`threshold`), and half of the unseen patients are less similar to a
+    training image. Twins of twins stay.
 
     Args:
-      sim_K, nearest_K: similarity to and index of the nearest training image. p_K, flagged_K, threshold: see
+      sim_K, nearest_K: similarity to and index of the nearest training image. p_K, level: of the line. flagged_K, threshold: see
         `calibrate.calibrated_test`. duplicate_K: see `training_images`. ids: see `parts_of_files`.
       rows_KxD, search: as the audit's space has them; see `spaces.Space`.
     """
     over_K = sim_K >= line
     removed_K = flagged_K | over_K | duplicate_K
     twin_K = np.isin(nearest_K, nearest_K[flagged_K]) & (p_K <= 0.5)
+    near_K = p_K <= 2 * level
     if removed_K.any() and not removed_K.all():
         others = np.flatnonzero(~removed_K)
         found = search(rows_KxD[others], rows_KxD[removed_K])
         same = nearest_K[removed_K][found.index[:, 0]] == nearest_K[others]
-        twin_K[others] |= same & (found.sim[:, 0] >= line)
+        twin_K[others] |= same & near_K[others] & (found.sim[:, 0] >= line)
         if flagged_K.any():
-            twin_K[others] |= search(rows_KxD[others], rows_KxD[flagged_K]).sim[:, 0] >= threshold
+            close = search(rows_KxD[others], rows_KxD[flagged_K]).sim[:, 0] >= threshold
+            twin_K[others] |= close & (p_K[others] <= 0.5)
     parts_K = parts_of_files(ids, removed_K | twin_K)
     reasons = {"n_flagged": flagged_K, "n_over_line": over_K, "n_duplicates": duplicate_K}
     counts, seen_K = {}, np.zeros(len(sim_K), bool)

@@ -72,17 +72,17 @@ def test_no_copy_is_released_that_the_test_was_too_careful_to_name(sets, tmp_pat
 @pytest.mark.parametrize("alike", [0.0, 0.8])
 def test_of_an_innocent_set_little_is_lost(sets, tmp_path, alike):
     """Also of one whose images resemble each other: the cluster of an image that was removed does not swallow the set."""
-    lost, unalike = [], []
-    for seed in range(3):
+    lost = []
+    for seed in range(2):
         own, shared = people(50 + seed, 100), people(70 + seed, 1)
         synthetic = (alike * shared + (1 - alike) * own).astype(np.float32)
         (tmp_path / str(seed)).mkdir()
         result, _ = run(sets, synthetic, tmp_path / str(seed))
+        with open(tmp_path / str(seed) / "audit" / "verdicts.csv", newline="") as lines:
+            near = np.mean([float(row["p_value"]) <= 0.1 for row in csv.DictReader(lines)])
         lost.append(1 - result["release"]["n_kept"] / 100)
-        unalike.append(result["release"]["n_over_line"] / 100)
-    assert np.mean(lost) <= 0.1 + np.mean(unalike), (lost, unalike)
-    if not alike:
-        assert np.mean(lost) <= 0.12, lost
+        assert result["calibrated"]["n_copies"] > 0 or lost[-1] <= near, "no twin that is not itself near the line"
+    assert np.mean(lost) <= 0.15, lost
 
 
 def test_what_is_left_out_and_why():
@@ -98,7 +98,17 @@ def test_what_is_left_out_and_why():
     flagged, duplicate = (np.arange(7) == i for i in (0, 6))
     ids = [f"{name}.nii#z{i}" for i, name in enumerate("abcdbef")]
     left = release.without_copies(
-        found.sim[:, 0], p, flagged, duplicate, found.index[:, 0], ids, rows, search, line=0.9, threshold=0.99
+        found.sim[:, 0],
+        p,
+        flagged,
+        duplicate,
+        found.index[:, 0],
+        ids,
+        rows,
+        search,
+        line=0.9,
+        level=0.05,
+        threshold=0.99,
     )
     # 1 points where the flagged 0 does, 3 is like 2 and points where it does, 4 is a slice of 1's file
     assert left.keep_K.tolist() == [False, False, False, False, False, True, False]

@@ -191,6 +191,8 @@ def test_every_leaf_of_audit_json_is_shown(result, pairs):
             unseen.append(pointer)
     assert set(unseen) == {
         "/rendering/differs",  # in words
+        "/release/released",
+        "/absent",  # nothing is
         "/paper/mem_rate_size_matched_extrapolated",
         "/calibrated/size_matched_extrapolated",
         "/paper/null_mem_rate_extrapolated",  # in words
