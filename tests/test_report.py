@@ -420,9 +420,9 @@ def test_pseudonyms_agree_between_pairs_and_patients(result, pairs):
 
 def test_ids_of_digits_do_not_take_numbers_with_them(result, pairs):
     made = {**copy.deepcopy(result), "patients": [{"patient": "109", "n_copies": 3}, {"patient": "3", "n_copies": 1}]}
-    made["caveats"] = ["patient 109 and 3 of 109 images; patients: 3"]
+    made["reasons"] = ["patient 109 and 3 of 109 images; patients: 3"]
     clean = redaction.redacted(made)
-    assert clean["caveats"] == ["patient (removed) and 3 of 109 images; patients: (removed)"]
+    assert clean["reasons"] == ["patient (removed) and 3 of 109 images; patients: (removed)"]
 
 
 # ---- charts
