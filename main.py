@@ -28,10 +28,6 @@ from data import augment, copies, export
 from launch import checkpoint, cost, log, loop, machine, mesh, stage
 from ldm import controls, imagenet
 
-PER_IMAGE = (
-    "every image counts as a patient of its own (data.patients='per_image'); if patients have several images, "
-    "training and unseen images are related, intervals are too narrow, and memorization is understated"
-)
 MODES = ("train", "sample", "audit")
 RENOISE = (0.2, 0.4, 0.6)  # noise levels t / T of planted copies
 _CONFIG = config_flags.DEFINE_config_file(
@@ -136,6 +132,12 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     if release and source.is_file():
         raise ValueError(f"{source}: audit.release copies files, and this is one: save its images one by one")
     sets = data.load(**config.data.to_dict())
+    for name in ("train", "val", "control"):  # the audit's null and its negative control are no luxury
+        if not len(sets[name].ids):
+            raise ValueError(
+                f"config.data.fractions.{name}={config.data.fractions[name]:g}: an audit needs {name!r} patients; "
+                "give them a share, say 0.15, or a split in the manifest"
+            )
     if ours:  # else who trained the generator might be among the unseen patients
         for made in (*ldm.stages(config.generator), "samples"):
             stage.check(workdir / made, {stage.CONTENT: data.content(sets, *LEARNED)})
@@ -157,6 +159,8 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         plants |= {("re-noise", level): ldm.renoised(generator, weights, level=level) for level in RENOISE}
         if member:
             losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
+    compare = functools.partial(quality, config, sets, embed)
+    whole, kept = workdir / "quality.json", workdir / "quality-released.json"
     others = detection.spaces_of(
         beside,
         model.image_shape,
@@ -181,16 +185,23 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         folder=workdir / "audit",
         caveats=caveats_of(config, sets, synthetic),
         release_to=Path(release).expanduser() if release else None,
+        quality=lambda keep_K: (
+            ldm.before_and_after(compare(synthetic, whole), compare(data.subset(synthetic, keep_K), kept), "synthetic")
+            if config.quality.enabled
+            else None
+        ),
         seed=config.seed,
         **settings,
     )
-    if config.quality.enabled:
-        quality(config, workdir, sets, synthetic, embed)
+    if config.quality.enabled and not release:
+        compare(synthetic, whole)
     return detection.EXIT[(result["release"] or result)["verdict"]] if exit_code else 0
 
 
-def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.ImageSet, embed: Callable) -> None:
-    """Compares the synthetic images with unseen real ones in feature spaces; writes `quality.json`."""
+def quality(
+    config: ConfigDict, sets: dict, embed: Callable, synthetic: data.ImageSet, path: Path
+) -> dict[str, Any] | None:
+    """Compares the synthetic images with unseen real ones in feature spaces; writes `path`. See `ldm.evaluate`."""
     settings = config.quality.to_dict()
     if settings["reference"] not in ("val", "train"):
         raise ValueError(f"config.quality.reference={settings['reference']!r}: use 'val' or 'train'")
@@ -199,12 +210,12 @@ def quality(config: ConfigDict, workdir: Path, sets: dict, synthetic: data.Image
         spaces[imagenet.NAME] = imagenet.features()
     if settings["features"]:
         spaces["features of config.quality.features"] = Path(settings["features"])
-    ldm.evaluate(
+    return ldm.evaluate(
         sets[settings["reference"]],
         {"synthetic": synthetic, "unseen real": sets["control"]},
         spaces=spaces,
         in_order=data.in_order,
-        path=workdir / "quality.json",
+        path=path,
         seed=config.seed,
         **{k: settings[k] for k in ("neighbours", "pairs", "batch")},
     )
@@ -325,7 +336,7 @@ def reading_of(config: ConfigDict, workdir: Path, foreign: dict | None) -> dict:
 
 def caveats_of(config: ConfigDict, sets: dict, synthetic: data.ImageSet) -> list[str]:
     """What the reader must know of the images, real and synthetic; names of files only after the first ': ' of each."""
-    said = [PER_IMAGE] if config.data.patients == "per_image" else []
+    said = [detection.PER_IMAGE] if config.data.patients == "per_image" else []
     real, made = sets["train"].spacing, synthetic.spacing
     if real and made and len(real) == len(made) and not np.allclose(real, made, rtol=0.05):
         mm = " x ".join(f"{length:.3g}" for length in made), " x ".join(f"{length:.3g}" for length in real)

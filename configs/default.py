@@ -233,6 +233,10 @@ def get_config(variant: str = "") -> ConfigDict:
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released
             "release": config_dict.placeholder(str),
+            # an image is left out if at most this share of unseen patients is as similar to a training image as it is (or,
+            # with few unseen patients, if none is more similar); so much is lost of innocent images
+            "release_level": 0.05,
+            "release_anyway": False,  # True: write the folder although what is left does not PASS; RELEASE.json says so
             # similarity spaces reported beside the verdict's: 'detector alone' (not registered), 'untrained', 'pixels',
             # 'shifted pixels', 'SSIM'; 'latents' are the autoencoder's, of our own generators
             "spaces": ("detector alone", "untrained", "pixels", "shifted pixels", "SSIM", "latents"),
@@ -242,7 +246,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "embeddings": config_dict.placeholder(str),
             "membership": True,  # our own generators: compare denoising losses of training and unseen patients,
             "levels": (0.1, 0.2, 0.3, 0.5, 0.7),  # at these noise levels t / T
-            "redact": False,  # True: report.html shows no real patient's image or id, so that it can be shared
+            "redact": False,  # True: report.html and audit.redacted.json tell nothing of a real patient and can be shared
             "exit_code": True,  # end with 0, 3 or 4 for PASS, FAIL or INCONCLUSIVE (of what is released, if anything is)
         }
     )

@@ -45,7 +45,9 @@ def local(key: Array, x: Array, side: float) -> Array:
 
 # kind -> (key, x, strength) -> x, and what the strength is
 KINDS: dict[str, Callable[[Array, Array, float], Array]] = {
-    "identity": lambda key, x, s: x,
+    "identity": lambda key, x, s: (
+        x + 1e-6
+    ),  # below what any score sees; a rendering whose noise follows the bits draws anew
     "flip": lambda key, x, s: augment.flip(x),
     "rotation": lambda key, x, degrees: augment.rotate(x, degrees),
     "shift": lambda key, x, fraction: augment.shift(x, fraction),

@@ -253,6 +253,14 @@ def _read_kinds(found: manifest.Manifest, trouble: Trouble | None, **reading):
         raise ValueError(f"{error}; {choice}") from None
 
 
+def subset(one: ImageSet, keep: np.ndarray) -> ImageSet:
+    """The images of a set at which `keep`, (n,) bool, is true; they stay on disk."""
+    from data import builder
+
+    images = builder.Stored(one.images.folder, one.images.indices[keep])
+    return one._replace(images=images, ids=one.ids[keep], patients=one.patients[keep])
+
+
 def _read(
     found: manifest.Manifest,
     *,

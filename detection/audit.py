@@ -18,6 +18,7 @@ from detection import (
     extraction,
     neighbours,
     outputs,
+    redaction,
     release,
     report,
     spaces,
@@ -58,6 +59,9 @@ def audit(
     redact: bool,
     policy: dict[str, float],
     release_to: Path | None,
+    release_level: float,
+    release_anyway: bool,
+    quality: Callable[[np.ndarray], dict[str, Any]] | None,
     fdr: float,
     percentile: float,
     pairs: int,
@@ -84,13 +88,17 @@ def audit(
       caveats: what the reader must know before any number; in `audit.json` and above the table.
       slow_images: of each set, at random, on which slow spaces are measured (see `evidence.some`).
       policy: see `verdict.decide`.
-      release_to: folder for the synthetic images without their copies; None: nothing is released.
+      release_to: folder for the synthetic images without their copies; None: nothing is released. release_level: of the
+        line that the filter draws for each image (`release.line`). release_anyway: also where what is left does not pass.
+      quality: which synthetic images are kept, (K,) bool -> {before, after}: the quality of all and of those, for the
+        report; None: not measured.
       fdr: false-discovery rate of the calibrated test, and the nominal rate of the negative control.
     Returns:
       What is in `audit.json`.
     """
     verdict.check(policy)
     if release_to:
+        release.check(release_level)
         release.refuse_strangers(release_to)
     train, val, control = (sets[name] for name in ("train", "val", "control"))
     everything = {"train": train, "val": val, "control": control, "synthetic": synthetic}
@@ -130,6 +138,8 @@ def audit(
     measure = lambda of: baselines.baselines(
         *(of[name] for name in ("train", "synthetic", "val")), val.patients, of["control"], control.patients, seed=seed
     )
+    membership, no_membership = evidence.of_membership(losses, levels, sets, in_order=in_order, batch=batch, seed=seed)
+    few = "they need two training images: enlarge config.data.fractions.train" if len(train.ids) < 2 else None
     result = {
         "caveats": [*caveats, *look.caveats],
         **result,
@@ -137,11 +147,15 @@ def audit(
         "rendering": look.report,
         "patients": report.copied_patients(train.patients[ours.hits.index[:, 0]], test.flagged_K),
         "extraction": extraction.extraction(ours.hits.index[:, 0], test.flagged_K, train.patients, fdr=fdr, seed=seed),
-        "baselines": {
+        "baselines": None
+        if few
+        else {
             **measure(rows["pixels"]),
             **({"latents": measure(rows["latents"])} if "latents" in rows else {}),
             "detector": measure(alone),
         },
+        "membership": membership,
+        "absent": {name: why for name, why in (("baselines", few), ("membership", no_membership)) if why},
         "spaces": evidence.side_by_side(
             others,
             spaces.Measured(ours.hits, ours.null_M, ours.planted),
@@ -157,8 +171,6 @@ def audit(
             fdr=fdr,
             seed=seed,
         ),
-        "membership": losses
-        and evidence.of_membership(losses, levels, sets, in_order=in_order, batch=batch, seed=seed),
         "histogram": outputs.histogram(ours.hits.sim[:, 0], ours.null_M, ours.control_C),
         "provenance": {
             **described,
@@ -166,20 +178,34 @@ def audit(
         },
     }
     result["calibrated"] |= evidence.of_memorized(ours.hits, test, ours.null_M, val, train, fdr=fdr, seed=seed)
+    result["calibrated"]["needed_score"] = None if test.flagged_K.any() else test.needed
     word, reasons = verdict.decide(result, policy)
     result = {"verdict": word, "reasons": reasons, "policy": dict(policy), **result, "release": None}
     if release_to:
-        nearest_K, rows_KxD = ours.hits.index[:, 0], ours.rows["synthetic"]
-        keep_K = release.without_copies(test.flagged_K, nearest_K, rows_KxD, test.threshold, examiner.search)
-        release.write(release_to, source, synthetic.ids, keep_K, ours.hits.sim[:, 0], test.p_K)
+        left, line = filtered(examiner, ours, test, train, val, synthetic, release_level, in_order, batch)
+        looks = {name: space(name, left.keep_K) for name in deciding if name != "detector"} if left.keep_K.any() else {}
+        again = examined_again(
+            looks,
+            lambda other: judge(other, train, val, control, chosen_Q, **judging),
+            {"rendering": look.report},
+            (ours.planted, line, train.patients[chosen_Q]),
+            policy,
+            seed,
+        )
+        recall = controls.overall(ours.planted, line, train.patients, chosen_Q, seed)
+        n_kept = int(left.keep_K.sum())
+        word, reasons, bound = release.decide(result, recall, int(left.over_K.sum()), n_kept, again, policy)
+        said = {"verdict": word, "reasons": reasons, "released": word == "PASS" or (release_anyway and n_kept > 0)}
+        counts = {"n_kept": n_kept, **left.counts, "level": release_level, "line": line}
+        said |= {**counts, "recall": recall["recall"], "recall_ci": recall["recall_ci"], **bound}
         result["release"] = {
-            **release.summary(release_to, test.flagged_K, keep_K),
-            **examined_again(
-                {name: space(name, keep_K) for name in deciding if name != "detector"} if keep_K.any() else {},
-                lambda other: judge(other, train, val, control, chosen_Q, **judging)[0] | {"rendering": look.report},
-                policy,
-            ),
+            "folder": str(release_to),
+            **said,
+            "again": again,
+            "quality": quality(left.keep_K) if quality else None,
         }
+        if said["released"]:
+            release.write(release_to, source, synthetic.ids, left.keep_K, said)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         outputs.write_verdicts(folder / "verdicts.csv", synthetic.ids, train, ours.hits, test)
@@ -188,6 +214,9 @@ def audit(
             synthetic, train, ours.hits.index[:, 0], ours.hits.sim[:, 0], test.p_K, test.flagged_K, pairs
         )
         checkpoint.write_json(folder / "audit.json", result)
+        (folder / "audit.redacted.json").unlink(missing_ok=True)  # of an earlier audit
+        if redact:
+            checkpoint.write_json(folder / "audit.redacted.json", redaction.redacted(result, top))
         report.write(folder / "report.html", result, top, redact=redact, title="Copies of patients in a synthetic set")
         log.say(outputs.table(result, folder))
     return result
@@ -277,24 +306,69 @@ def judge(
     return result, test
 
 
-def examined_again(spaces: Mapping[str, Space], judge: Callable[[Space], dict], policy: dict[str, float]) -> dict:
+def filtered(
+    examiner: spaces.Space,
+    ours: Space,
+    test: calibrate.Calibrated,
+    train: Any,
+    val: Any,
+    synthetic: Any,
+    level: float,
+    in_order: Callable[..., Iterator],
+    batch: int,
+) -> tuple[release.Filter, float]:
+    """The synthetic images without copies, and the line that the filter draws; see `release`."""
+    line = release.line(ours.null_M, val.patients, level)
+    left = release.without_copies(
+        ours.hits.sim[:, 0],
+        test.p_K,
+        test.flagged_K,
+        release.training_images(synthetic.images, train.images, in_order, batch),
+        ours.hits.index[:, 0],
+        synthetic.ids,
+        ours.rows["synthetic"],
+        examiner.search,
+        line=line,
+        level=level,
+        threshold=test.threshold,
+    )
+    return left, line
+
+
+def examined_again(
+    looks: Mapping[str, Space],
+    judge: Callable[[Space], tuple[dict, calibrate.Calibrated]],
+    shared: dict[str, Any],
+    first: tuple[list[controls.Planted], float, np.ndarray],
+    policy: dict[str, float],
+    seed: int,
+) -> list[dict[str, Any]]:
     """What is left after a filter, by scores that the filter did not use, so not registered: filtering hides its score.
 
+    Args:
+      judge: see `judge`. shared: sections of `audit.json` that hold for all of them.
+      first: the planted copies by the filter's score, its line, and their patients.
     Returns:
-      again: for each space the flagged images, the recall on planted copies, and the verdict. verdict: FAIL if any space
-      finds copies beyond the policy, else that of the first space, the detector of another seed: the others may be
-      blind to some kinds of copies and still see one.
+      For each look: its space, the images that it flags, what it sees of the planted copies that the filter missed
+      (`release.seen_of_missed`), and its verdict: FAIL, or INCONCLUSIVE, since among what is left it has no power of its
+      own to show that there are none.
     """
-    again = []
-    for name, space in spaces.items():
-        section = judge(space)
-        word, reasons = verdict.decide(section, policy)
+    planted, line, patients_Q = first
+    rows = []
+    for name, space in looks.items():
+        section, test = judge(space)
+        word, reasons = verdict.decide(section | shared, policy)
         counts = {k: section["calibrated"][k] for k in ("n_copies", "copy_rate", "copy_rate_ci", "n_mem_patients")}
-        again.append(
-            {"space": name, **counts, "recall": section["power"]["recall"], "verdict": word, "reasons": reasons}
+        from_here = test.threshold if test.threshold is not None else test.needed
+        if from_here is None:
+            from_here = float(np.nextafter(space.null_M.max(), np.float32(np.inf)))
+        seen = release.seen_of_missed(planted, line, space.planted, from_here, patients_Q, seed)
+        if word != "FAIL":
+            reasons = [release.said_of_missed(seen), *(reasons if word == "INCONCLUSIVE" else [])]
+        rows.append(
+            {"space": name, **counts, **seen, "verdict": word if word == "FAIL" else "INCONCLUSIVE", "reasons": reasons}
         )
-    words = [row["verdict"] for row in again]
-    return {"again": again, "verdict": "FAIL" if "FAIL" in words else words[0] if words else "INCONCLUSIVE"}
+    return rows
 
 
 def paper_section(

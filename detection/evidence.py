@@ -91,15 +91,24 @@ def said_of(some: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> str:
 
 
 def of_membership(
-    losses: Callable[[jax.Array], jax.Array],
+    losses: Callable[[jax.Array], jax.Array] | None,
     levels: Sequence[float],
     sets: Mapping[str, Any],
     *,
     in_order: Callable[..., Iterator],
     batch: int,
     seed: int,
-) -> dict[str, Any]:
-    """The section `membership`, from `losses`: images (B, *S, C) -> (B, L) denoising losses of the audited generator."""
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The section `membership`, from `losses`: images (B, *S, C) -> (B, L) denoising losses of the audited generator.
+
+    Returns:
+      (the section, None), or (None, why there is none): an audit does not end for it.
+    """
+    if losses is None:
+        return None, "it needs the generator itself, a diffusion model of ours, and config.audit.membership"
+    names = ("train", "val", "control")
+    if refused := membership.too_few({name: sets[name].patients for name in names}):
+        return None, refused
 
     def measure(name: str) -> membership.Losses:
         with log.progress(f"loss of {name}", len(sets[name].ids), unit="image") as bar:
@@ -109,4 +118,10 @@ def of_membership(
                 bar.update(len(part))
         return membership.Losses(np.concatenate(parts), sets[name].patients)
 
-    return membership.membership(*(measure(n) for n in ("train", "val", "control")), np.asarray(levels), seed=seed)
+    measured = [measure(name) for name in names]
+    if broken := [name for name, of in zip(names, measured, strict=True) if not np.isfinite(of.loss).all()]:
+        return (
+            None,
+            f"the generator's losses of the {broken[0]} images are not finite: its weights are broken, train it again",
+        )
+    return membership.membership(*measured, np.asarray(levels), seed=seed), None

@@ -5,6 +5,7 @@ loss. Patients are the unit: each counts once, its images sharing that, and inte
 the generator taken as it is.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import stats
 from detection import calibrate, roc
 
 PERMUTATIONS = 999
+FEWEST = 4  # patients of a set: half of them choose the level, and a variance needs two
 
 
 class Losses(NamedTuple):
@@ -51,8 +53,8 @@ def membership(train: Losses, val: Losses, control: Losses | None, levels: np.nd
                 f"membership: the {name} losses must be finite, one per image and level, ({len(patients)}, {len(levels)}); "
                 f"they are {loss.shape}, {(~np.isfinite(loss)).sum()} not finite"
             )
-        if len(np.unique(patients)) < 4:
-            raise ValueError(f"membership needs at least four {name} patients, not {len(np.unique(patients))}")
+    if refused := too_few({name: patients for name, (_, patients) in sets.items()}):
+        raise ValueError(refused)
     rng = np.random.default_rng(seed)
     means = {name: roc.by_patient(set.loss, set.patients) for name, set in sets.items()}
     gap, half = _welch(means["val"], means["train"])
@@ -84,6 +86,16 @@ def membership(train: Losses, val: Losses, control: Losses | None, levels: np.nd
         **{f"n_{name}": len(set.patients) for name, set in sets.items()},
         **{f"n_{name}_patients": len(np.unique(set.patients)) for name, set in sets.items()},
     }
+
+
+def too_few(patients: Mapping[str, np.ndarray]) -> str | None:
+    """Why sets of these patients are too small to measure membership; None where they are not."""
+    for name, of in patients.items():
+        if (count := len(np.unique(of))) < FEWEST:
+            return (
+                f"membership needs at least {FEWEST} {name} patients, not {count}: enlarge config.data.fractions.{name}"
+            )
+    return None
 
 
 def any_level_p(one: Losses, other: Losses, rng: np.random.Generator) -> float:

@@ -121,15 +121,24 @@ def table(result: dict[str, Any], folder: Path) -> str:
 
 
 def release_lines(release: dict[str, Any] | None) -> list[str]:
-    """What was released, if anything, for the terminal."""
+    """What was released, or why nothing was, for the terminal."""
     if not release:
         return []
-    lines = [
-        f"release: {release['n_kept']} images in {release['folder']}; left out: {release['n_flagged']} copies and "
-        f"{release['n_removed_with_them']} that go with them; verdict on what is released: {release['verdict']}"
+    out = [
+        ("n_flagged", "flagged"),
+        ("n_over_line", "over the line"),
+        ("n_duplicates", "training images"),
+        ("n_removed_with_them", "that go with them"),
     ]
+    counts = ", ".join(f"{release[key]} {what}" for key, what in out)
+    if release["released"]:
+        first = f"release: {release['n_kept']} images in {release['folder']}"
+    else:
+        first = f"release: nothing was released, {release['n_kept']} images would be left"
+        if Path(release["folder"], "manifest.csv").exists():
+            first += f"; {release['folder']} holds an earlier release, which this audit does not vouch for"
+    lines = [f"{first}; left out: {counts}; verdict on what is left: {release['verdict']}: {release['reasons'][0]}"]
     return lines + [
-        f"  by {again['space']}: {again['n_copies']} copies, recall on planted ones {100 * again['recall']:.1f} %: "
-        f"{again['verdict']}, {again['reasons'][0]}"
+        f"  by {again['space']}: {again['n_copies']} copies flagged: {again['verdict']}, {again['reasons'][0]}"
         for again in release["again"]
     ]

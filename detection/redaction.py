@@ -6,6 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 REMOVED = "(removed)"
+PER_IMAGE = (
+    "every image counts as a patient of its own (data.patients='per_image'): if patients have several images, "
+    "training and unseen images are related, intervals are too narrow, and memorization is understated"
+)
+# Caveats that stay. Any other is a note on the data, may name files and patients in any words, and is only counted.
+CAVEATS = re.compile(
+    re.escape(PER_IMAGE)
+    + r"|[0-9]+ pairs? of images of different or unknown patients are the same image \((?:planted by data\.cohort|accepted by "
+    r"data\.accept_duplicates)\), [0-9]+ across splits(?:; unseen images that are training images in truth make copies "
+    r"look innocent)?"
+)
 # Strings of the configuration that stay: choices among names that the code defines. Any other may name a folder, a
 # file, a patient or a person.
 # fmt: off
@@ -16,11 +27,19 @@ SETTINGS = frozenset((
 SECTIONS = frozenset((
     "verdict", "reasons", "policy", "caveats", "n_train", "n_val", "n_syn", "n_train_patients", "n_val_patients",
     "paper", "calibrated", "bounds", "negative_control", "rendering", "power", "positive_control", "spaces", "baselines",
-    "extraction", "membership", "release", "patients", "histogram", "provenance",
+    "extraction", "membership", "absent", "release", "patients", "histogram", "provenance",
+))
+# Where strings may stand, all made by the code out of its own words and numbers.
+TEXT = frozenset((
+    "verdict", "reasons", "caveats", "kind", "strength", "note", "method", "refused", "absent", "membership", "baselines",
+    "space", "reason",
+))
+ENVIRONMENT = frozenset(("git_commit", "python", "versions", "devices", "processes"))
+RELEASE = frozenset((
+    "verdict", "reasons", "released", "n_kept", "n_flagged", "n_over_line", "n_duplicates", "n_removed_with_them", "level",
+    "line", "recall", "recall_ci", "copies_left_at_most", "copy_rate_at_most", "again", "quality",
 ))
 # fmt: on
-ENVIRONMENT = frozenset(("git_commit", "python", "versions", "devices", "processes"))
-RELEASE = frozenset(("n_kept", "n_flagged", "n_removed_with_them", "quality", "again", "verdict"))
 PATH = re.compile(
     r"""
       (?<=['"])(?:~?/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)[^'"\n]*(?=['"])  # '/home/ann smith/x', quoted
@@ -41,11 +60,17 @@ def redacted(result: Mapping[str, Any], pairs: Sequence[Any] = ()) -> dict[str, 
 
     Patients become 'patient 1', 'patient 2' ..., by first appearance among the pairs and then by number of copies. The
     outcome depends on similarities and counts and not on the ids, so it cannot be undone without the data. Paths, file
-    names, ids in sentences, keys that this module does not know, and strings of the configuration that are not a choice
-    among the code's own names are removed.
+    names, ids in sentences, notes on the data, keys and places of text that this module does not know, and strings of the
+    configuration that are not a choice among the code's own names are removed.
     """
-    known = {key: value for key, value in result.items() if key in SECTIONS}
-    clean = changed(known, scrubber(result, pairs))
+    known = {key: value for key, value in result.items() if key in SECTIONS - {"caveats"}}
+    clean = changed(text_only(known), scrubber(result, pairs))
+    if "caveats" in result:
+        said = list(result["caveats"] or [])
+        kept = [caveat for caveat in said if CAVEATS.fullmatch(caveat)]
+        left = len(said) - len(kept)
+        more = [f"{left} more, on the data, left out here since they may name files or patients"] if left else []
+        clean = {"caveats": kept + more, **clean}
     if result.get("patients"):
         names = pseudonyms(result, pairs)
         rows = [(-row["n_copies"], int(names[row["patient"]].split()[1])) for row in result["patients"]]
@@ -93,6 +118,15 @@ def settings_only(tree: Any, key: str = "") -> Any:
     if isinstance(tree, list | tuple):
         return [settings_only(v, key) for v in tree]
     return REMOVED if isinstance(tree, str) and key not in SETTINGS else tree
+
+
+def text_only(tree: Any, key: str = "") -> Any:
+    """A tree with every string removed that is not under a key of `TEXT`."""
+    if isinstance(tree, Mapping):
+        return {k: text_only(v, k) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [text_only(v, key) for v in tree]
+    return REMOVED if isinstance(tree, str) and key not in TEXT else tree
 
 
 def scrubber(result: Mapping[str, Any], pairs: Sequence[Any]) -> Callable[[str], str]:

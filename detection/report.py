@@ -21,13 +21,14 @@ from launch import checkpoint
 BYTES = 2_000_000  # of all pictures together, before base64 makes a third more of them
 MOST_PATIENTS = 60  # rows of the table of patients
 FULL_DIFFERENCE = 1.0  # half of the grey range has the deepest colour
-UNITS = {  # of the strengths of planted copies, where a row names none
+UNITS = {  # of the strengths of planted copies
     "rotation": "degrees",
     "shift": "of the side",
     "scale": "times",
     "crop": "kept",
     "local": "of the side",
     "blur": "px",
+    "re-noise": "t / T",
 }
 
 

@@ -69,6 +69,33 @@ def evaluate(
     return result
 
 
+def before_and_after(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """What two results of `evaluate`, of a whole set and of a part of it, say of the set called `name`.
+
+    Returns:
+      before, after: {space: {figure: {value, ci}}, 'ms_ssim': {value, ci}}, None where there was too little to measure,
+      and then `reason` says so; it is None otherwise.
+    """
+
+    def of(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if result is None:
+            return None
+        short = lambda f: {"value": f["value"], "ci": f["ci"]}
+        figures = {
+            space: {key: short(f) for key, f in rows[name].items() if isinstance(f, Mapping)}
+            for space, rows in result["spaces"].items()
+        }
+        return figures | {"ms_ssim": short(result["ms_ssim"][name])}
+
+    short = [when for when, result in (("whole", before), ("released", after)) if result is None]
+    reason = (
+        f"the {short[0]} set, or the real ones beside it, have fewer than {distances.FEWEST} patients"
+        if short
+        else None
+    )
+    return {"before": of(before), "after": of(after), "reason": reason}
+
+
 def units(one: Any) -> np.ndarray:
     """The patient of each image; each image's own number where none is known."""
     return np.where(one.patients == "", np.arange(len(one.patients)).astype(str), one.patients)

@@ -20,10 +20,9 @@ KINDS = {
     "blur": [1.0, 2.0],
     "combined": [1.0],
     "autoencoder": [1.0],
-    "re-noised": [0.2, 0.4, 0.6, 0.8],
+    "re-noise": [0.2, 0.4, 0.6, 0.8],
     "JPEG-like": ["weak", "strong"],
 }
-UNITS = {"re-noised": "t / T"}
 
 
 def around(rate, n, rng):
@@ -71,6 +70,7 @@ def measured(found, seed=0):
         "calibrated": {
             "fdr": 0.05,
             "threshold": float(found["sim"][flagged].min()) if copies else None,
+            "needed_score": None if copies else 0.8812,
             "n_copies": copies,
             "copy_rate": copies / k,
             "copy_rate_ci": around(copies / k, k, rng),
@@ -230,7 +230,6 @@ def complete(result, found, verdict="FAIL", seed=0):
                 "recall": (recall := float(np.clip(0.995 - 0.35 * i * rng.random(), 0, 1))),
                 "recall_ci": around(recall, 64, rng),
                 "right_patient": float(rng.uniform(0.94, 1)),
-                **({"unit": UNITS[kind]} if kind in UNITS else {}),
             }
             for kind, strengths in KINDS.items()
             for i, strength in enumerate(strengths)
@@ -321,42 +320,59 @@ def complete(result, found, verdict="FAIL", seed=0):
             "n_control": 120,
             "n_control_patients": 120,
         },
+        "absent": {},
         "release": {
             "folder": "/srv/hospital/ann/runs/brain/release",
+            "verdict": "FAIL",
+            "reasons": ["pixel correlation: 1 of 11 synthetic images is flagged as a copy"],
+            "released": False,
             "n_kept": int(k - flagged.sum()),
             "n_flagged": int(flagged.sum()),
+            "n_over_line": 0,
+            "n_duplicates": 0,
             "n_removed_with_them": 0,
-            "quality": {
-                "before": {
-                    "frechet_distance": 12.31,
-                    "precision": 0.7113,
-                    "recall": 0.4127,
-                    "diversity_ms_ssim": 0.4412,
-                },
-                "after": {
-                    "frechet_distance": 31.72,
-                    "precision": 0.6402,
-                    "recall": 0.2217,
-                    "diversity_ms_ssim": 0.5131,
-                },
-            },
+            "level": 0.05,
+            "line": 0.8712,
+            "recall": 0.9474,
+            "recall_ci": [0.9108, 0.9714],
+            "copies_left_at_most": 19,
+            "copy_rate_at_most": 0.4872,
             "again": [
                 {
                     "space": space,
                     "n_copies": n_copies,
-                    "n_mem_patients": n_copies,
                     "copy_rate": rate,
                     "copy_rate_ci": ci,
+                    "n_mem_patients": n_copies,
+                    "n_missed": missed,
                     "recall": recall,
+                    "recall_ci": recall and around(recall, missed, rng),
                     "verdict": word,
                     "reasons": [f"why {space} says so"],
                 }
-                for space, n_copies, rate, ci, recall, word in (
-                    ("detector of another seed", 0, 0.0, [0.0, 0.2849], 0.9311, "INCONCLUSIVE"),
-                    ("pixel correlation", 1, 0.0909, [0.0023, 0.4128], 0.4127, "FAIL"),
+                for space, n_copies, rate, ci, missed, recall, word in (
+                    ("detector of another seed", 0, 0.0, [0.0, 0.2849], 27, 0.3311, "INCONCLUSIVE"),
+                    ("pixel correlation", 1, 0.0909, [0.0023, 0.4128], 3, None, "FAIL"),
                 )
             ],
-            "verdict": "FAIL",
+            "quality": {
+                when: {
+                    "detector": {
+                        name: {"value": value, "ci": [0.9 * value, 1.1 * value]}
+                        for name, value in zip(
+                            ("frechet", "frechet_infinity", "kernel", "precision", "recall", "density", "coverage"),
+                            values,
+                            strict=True,
+                        )
+                    },
+                    "ms_ssim": {"value": values[0] / 100, "ci": [values[0] / 110, values[0] / 90]},
+                }
+                for when, values in (
+                    ("before", (12.31, 10.11, 0.2113, 0.7113, 0.4127, 0.6512, 0.5522)),
+                    ("after", (31.72, 28.43, 0.4311, 0.6402, 0.2217, 0.6011, 0.4218)),
+                )
+            }
+            | {"reason": None},
         },
         "patients": [
             {"patient": str(name), "n_copies": int(count)}

@@ -42,7 +42,7 @@ def sets():
 def run(sets, synthetic, folder, **other):
     settings = dict(
         render=None, plants=PLANTS, again=None, others={}, losses=None, levels=(), described={}, redact=False, source=folder / "source", in_order=data.in_order, folder=folder / "audit",
-        caveats=[], policy=POLICY, release_to=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, slow_images=2000, batch=32, seed=0,
+        caveats=[], policy=POLICY, release_to=None, release_level=0.05, release_anyway=False, quality=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, slow_images=2000, batch=32, seed=0,
     )  # fmt: skip
     space = other.pop("space", spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=8))
     return audit(space, sets, named(synthetic, "syn"), **settings | other)
@@ -162,11 +162,11 @@ def test_release_leaves_out_copies_and_what_goes_with_them(sets, tmp_path, space
     half = spaces.by_correlation(lambda x: views.pixels(x[:, ::2, ::2]))
     result = run(sets, synthetic, tmp_path, space=space, again=half, release_to=release)
     assert result["verdict"] == "FAIL" and result["calibrated"]["n_copies"] == 10
-    assert result["release"]["n_flagged"] == 10 and result["release"]["n_kept"] <= 50
+    assert result["release"]["n_flagged"] == 10 and result["release"]["n_kept"] <= 50 and result["release"]["released"]
     assert result["release"]["verdict"] == "PASS", result["release"]
     rows = list(csv.DictReader((release / "manifest.csv").read_text().splitlines()))
     assert len(rows) == result["release"]["n_kept"] >= least
-    assert {r["path"] for r in rows} | {"manifest.csv"} == {p.name for p in release.iterdir()}
+    assert {r["path"] for r in rows} | {"manifest.csv", "RELEASE.json"} == {p.name for p in release.iterdir()}
     copies = {f"syn-{i:03d}.png" for i in range(10)}
     assert not copies & {r["path"] for r in rows}
     assert all((release / r["path"]).read_bytes() == r["path"].encode() for r in rows)
@@ -174,6 +174,38 @@ def test_release_leaves_out_copies_and_what_goes_with_them(sets, tmp_path, space
     (release / "notes.txt").write_text("a stranger's")
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         run(sets, synthetic, tmp_path, space=space, again=half, release_to=release)
+
+
+@pytest.mark.parametrize(
+    ("few", "broken", "told"),
+    [
+        (
+            {"control": 3},
+            False,
+            "membership needs at least 4 control patients, not 3: enlarge config.data.fractions.control",
+        ),
+        ({"train": 1}, False, "membership needs at least 4 train patients, not 1"),
+        ({}, True, "the generator's losses of the train images are not finite"),
+    ],
+)
+def test_what_cannot_be_computed_is_null_and_told(sets, tmp_path, few, broken, told):
+    """After all the work that an audit is, one section that cannot be had ends nothing."""
+    cut = {name: named(s.images[: few.get(name)], name) for name, s in sets.items()}
+    losses = lambda x: x.reshape(len(x), -1)[:, :2] * (np.nan if broken else 1)
+    result = run(cut, people(9, 20), tmp_path, losses=losses, levels=(0.2, 0.5))
+    assert result["membership"] is None and told in result["absent"]["membership"]
+    assert (result["baselines"] is None) == ("train" in few) == ("baselines" in result["absent"])
+    written = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert written["absent"] == result["absent"]
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert all(why.split("'")[0] in page for why in result["absent"].values())
+
+
+def test_the_score_that_copies_would_need_is_given_where_none_is_flagged(sets, tmp_path):
+    none = run(sets, people(100, 60), tmp_path)["calibrated"]
+    assert none["threshold"] is None and none["needed_score"] > 0
+    some = run(sets, sets["train"].images, tmp_path)["calibrated"]
+    assert some["needed_score"] is None and some["threshold"] > 0
 
 
 def test_embeddings_are_computed_once(sets, tmp_path):

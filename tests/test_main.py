@@ -184,6 +184,8 @@ def test_any_folder_of_images_is_audited(cache, tmp_path, size):
         (["--mode=train", "--config.autoencoder.patch=3"], "must be a multiple of"),
         (["--mode=train", "--config.diffusion.predict=mu"], "config.diffusion.predict='mu'"),
         (["--mode=sample"], "run --mode=train with this --workdir first"),
+        (["--mode=audit", "--config.audit.synthetic=tests/benchmarks/__pycache__"], "config.audit.synthetic must name"),
+        (["--mode=audit"], "config.audit.synthetic must name a folder of images, or be None after --mode=sample"),
         (["--mode=train", "extra"], "unexpected argument 'extra'"),
     ],
 )
@@ -215,6 +217,38 @@ def test_training_less_than_was_trained_is_refused(whole, cache):
     done = run(whole, "--mode=train", "--config.train.diffusion.steps=4", cache=cache)
     assert done.returncode == 1
     assert "made with config.train.diffusion.steps=8, not 4" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_audit_without_a_negative_control_is_refused_at_once(whole, cache, tmp_path):
+    folder = whole / "samples"
+    flags = [f"--config.data.path={folder}", "--config.data.patients=per_image", f"--config.audit.synthetic={folder}"]
+    flags += ["--config.data.fractions.train=0.6", "--config.data.fractions.val=0.3"]
+    flags += ["--config.data.fractions.select=0.1", "--config.data.fractions.control=0.0"]
+    done = run(tmp_path / "run", "--mode=audit", *flags, cache=cache)
+    assert done.returncode == 1 and "config.data.fractions.control=0: an audit needs" in done.stderr
+    assert not (tmp_path / "run" / "detector").exists(), "nothing was trained for it"
+
+
+@pytest.mark.slow
+def test_a_release_that_does_not_pass_writes_no_folder_and_costs_are_told(whole, cache, tmp_path):
+    """By the command: 24 unseen patients say too little; with release_anyway the folder says so itself."""
+    flags = [
+        f"--config.audit.release={tmp_path / 'out'}",
+        "--config.audit.exit_code=True",
+        "--config.audit.redact=True",
+    ]
+    done = run(whole, "--mode=audit", *flags, cache=cache)
+    said = json.loads((whole / "audit" / "audit.json").read_text())["release"]
+    assert done.returncode == {"FAIL": 3, "INCONCLUSIVE": 4}[said["verdict"]], done.stderr
+    assert not said["released"] and not (tmp_path / "out").exists() and "nothing was released" in done.stderr
+    assert said["quality"]["before"]["detector"]["precision"]["value"] >= 0
+    assert (said["quality"]["after"] is None) == (said["quality"]["reason"] is not None)
+    assert (whole / "audit" / "audit.redacted.json").exists()
+    anyway = run(whole, "--mode=audit", *flags, "--config.audit.release_anyway=True", cache=cache)
+    assert anyway.returncode == done.returncode, anyway.stderr
+    written = json.loads((tmp_path / "out" / "RELEASE.json").read_text())
+    assert written["verdict"] == said["verdict"] and written["reasons"]
 
 
 @pytest.mark.slow

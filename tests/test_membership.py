@@ -99,5 +99,5 @@ def test_broken_losses_are_told_in_one_line():
         membership.membership(train, val, None, LEVELS, seed=0)
     with pytest.raises(ValueError, match="val losses"):
         membership.membership(val, val._replace(loss=val.loss[:, :2]), None, LEVELS, seed=0)
-    with pytest.raises(ValueError, match="four train patients, not 3"):
+    with pytest.raises(ValueError, match=r"4 train patients, not 3: enlarge config\.data\.fractions\.train"):
         membership.membership(losses(rng, 3), val, None, LEVELS, seed=0)

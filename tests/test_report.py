@@ -192,6 +192,8 @@ def test_every_leaf_of_audit_json_is_shown(result, pairs):
             unseen.append(pointer)
     assert set(unseen) == {
         "/rendering/differs",  # in words
+        "/release/released",
+        "/absent",  # nothing is
         "/paper/mem_rate_size_matched_extrapolated",
         "/calibrated/size_matched_extrapolated",
         "/paper/null_mem_rate_extrapolated",  # in words
@@ -419,9 +421,9 @@ def test_pseudonyms_agree_between_pairs_and_patients(result, pairs):
 
 def test_ids_of_digits_do_not_take_numbers_with_them(result, pairs):
     made = {**copy.deepcopy(result), "patients": [{"patient": "109", "n_copies": 3}, {"patient": "3", "n_copies": 1}]}
-    made["caveats"] = ["patient 109 and 3 of 109 images; patients: 3"]
+    made["reasons"] = ["patient 109 and 3 of 109 images; patients: 3"]
     clean = redaction.redacted(made)
-    assert clean["caveats"] == ["patient (removed) and 3 of 109 images; patients: (removed)"]
+    assert clean["reasons"] == ["patient (removed) and 3 of 109 images; patients: (removed)"]
 
 
 # ---- charts
