@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from detection import calibrate, controls, neighbours, release, spaces, views
+from detection import calibrate, controls, neighbours, outputs, release, spaces, views
 from tests import test_audit
 from tests.test_audit import SIZE, named, people
 
@@ -221,6 +221,8 @@ def test_nothing_is_written_unless_it_passes_or_is_told_to(sets, tmp_path):
     result, to = run(sets, synthetic, tmp_path, policy={**test_audit.POLICY, "max_copy_rate": 0.0})
     assert result["release"]["verdict"] == "INCONCLUSIVE" and result["release"]["released"] is False
     assert {path.name for path in tmp_path.iterdir()} == {"source", "audit"}, "not even aside"
+    told = outputs.release_lines(result["release"])[0]
+    assert told.startswith("release: nothing was released") and result["release"]["reasons"][0] in told
     result, to = run(sets, synthetic, tmp_path, policy={**test_audit.POLICY, "max_copy_rate": 0.0}, release_anyway=True)
     assert result["release"]["verdict"] == "INCONCLUSIVE" and result["release"]["released"] is True
     said = json.loads((to / "RELEASE.json").read_text())
