@@ -86,7 +86,7 @@ def sample(config: ConfigDict, workdir: Path) -> None:
     folder, form, last = workdir / "samples", form_of(config, workdir), ldm.stages(config.generator)[-1]
     draw, source = drawing(config, build_generator(config, workdir))
     content = (stage.made_with(workdir / last) or {}).get(stage.CONTENT)  # of what the generator learned from
-    settings = settings_of(config, *made_of(config, last), "sample") | {stage.CONTENT: content}
+    settings = settings_with(config, content, *made_of(config, last), "sample")
     stage.claim(folder, settings, grow=("sample.n",))
     paths = [folder / f"{i:06d}{form.suffix}" for i in range(len(source))]
     missing = absent(paths)
@@ -374,6 +374,11 @@ def settings_of(config: ConfigDict, *sections: str) -> dict:
     return {k: v for k, v in flat.items() if any(k == s or k.startswith(s + ".") for s in mine)}
 
 
+def settings_with(config: ConfigDict, content: str | None, *sections: str) -> dict:
+    """`settings_of`, and of which images: so it does not matter where they lie, or how those left out were met."""
+    return settings_of(config, *sections) | {stage.CONTENT: content, "data.path": None, "data.on_error": None}
+
+
 @contextlib.contextmanager
 def claim(config: ConfigDict, folder: Path, content: str, *sections: str, grow: tuple[str, ...] = ()) -> Iterator[None]:
     """`with claim(...)`: train a stage that may be shared; refuses a folder made with other settings, or of other images.
@@ -381,7 +386,7 @@ def claim(config: ConfigDict, folder: Path, content: str, *sections: str, grow: 
     Args:
       content: of the images that the stage learns from, see `data.content`.
     """
-    settings = settings_of(config, *sections) | {stage.CONTENT: content}
+    settings = settings_with(config, content, *sections)
     with stage.shared(folder, settings, config.share and Path(config.share).expanduser()):
         stage.claim(folder, settings, grow)
         yield

@@ -1,6 +1,7 @@
 """A reader for each file format: paths -> the file's own numbers, upright where the file says how it lies."""
 
 import functools
+import importlib.metadata
 import io
 import os
 import re
@@ -309,3 +310,16 @@ def suffix(path: str) -> str:
     """'.png' of 'a/B.PNG'; '.nii.gz' keeps both."""
     name = os.path.basename(path).lower()
     return ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
+
+
+# what decodes and resamples: another version may give other pixels
+DECODERS = ("numpy", "scipy", "pillow", "nibabel", "simpleitk", "h5py", "pydicom", "python-gdcm", "pyjpegls")
+DECODERS += ("pylibjpeg", "pylibjpeg-openjpeg", "array_record", "tensorflow-datasets")
+
+
+def version(name: str) -> str | None:
+    """Of a library; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

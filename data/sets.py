@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -17,9 +16,6 @@ from data import containers, dicom, duplicates, files, geometry, layouts, manife
 from data import splits as partition
 
 WHOLE = "none"  # data.centres of a config that asks for them, to do without
-# what decodes and resamples: another version may give other pixels
-DECODERS = ("numpy", "scipy", "pillow", "nibabel", "simpleitk", "h5py", "pydicom", "python-gdcm", "pyjpegls")
-DECODERS += ("pylibjpeg", "pylibjpeg-openjpeg", "array_record", "tensorflow-datasets")
 LITTLE = 0.2  # of the range of intensities: synthetic images that use less are in other units, most likely
 
 
@@ -296,7 +292,7 @@ def _read(
     stamp = functools.lru_cache(maxsize=1)(_stamp)
 
     def inputs():
-        yield from (os.path.realpath(root), settings, [_version(name) for name in DECODERS])
+        yield from (os.path.realpath(root), settings, [readers.version(name) for name in readers.DECODERS])
         for row in found.rows:
             parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
             yield [parts, row.item, row.centres]
@@ -342,13 +338,6 @@ def _stamp(path: str) -> list | None:
     except OSError:
         return None  # reading it will say why
     return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cohort(cohort: dict, *, size, channels=1, **preparing):

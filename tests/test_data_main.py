@@ -49,6 +49,14 @@ def test_shared_stages_of_other_images_are_others(tmp_path):
     assert made[0] == made[1] != made[2]
 
 
+def test_a_data_folder_may_move(tmp_path):
+    for path in ("here", "there"):
+        with main.claim(config_of(tmp_path, path=path), tmp_path / "detector", "a", "detector"):
+            pass
+    with pytest.raises(ValueError, match=r"made with config\.data\.size=\[32, 32\], not \[16, 16\]"):
+        main.claim(config_of(tmp_path, path="there", size=(16, 16)), tmp_path / "detector", "a", "detector").__enter__()
+
+
 def test_what_synthetic_images_are_read_by(tmp_path):
     config = config_of(tmp_path, spacing=(0.4, 0.4), slices="z", channel=1, intensity="window:0:9", channels=2)
     foreign = config.audit.reading.to_dict()

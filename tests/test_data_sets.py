@@ -131,8 +131,8 @@ def test_the_files_that_a_header_names(tmp_path, line, names):
 def test_another_decoder_is_another_cache(load, reads, monkeypatch):
     load()
     reads.clear()
-    real = data.sets._version
-    monkeypatch.setattr(data.sets, "_version", lambda name: "999" if name == "pillow" else real(name))
+    real = readers.version
+    monkeypatch.setattr(readers, "version", lambda name: "999" if name == "pillow" else real(name))
     load()
     assert len(reads) == 60 and real("pillow") and real("no such") is None
 

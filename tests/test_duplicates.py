@@ -131,7 +131,7 @@ def test_aligned_brains_are_not_taken_for_each_other(size, tmp_path):
 )
 def test_no_false_alarm_on_real_patients(real_data, tmp_path, folder, settings):
     sets = data.load(path=real_data / folder, cache=tmp_path, accept_duplicates=(), **settings)
-    assert sets["train"].notes == ()
+    assert not [note for note in sets["train"].notes if "same image" in note]
     image = sets["train"].images[0]
     for name, copy in altered(image).items():
         assert np.prod(duplicates.fingerprints(np.stack([image, copy])), axis=0).sum() >= duplicates.NEAR, name
