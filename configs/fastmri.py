@@ -27,9 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         return config
     config.data.size = (320, 320)
-    config.autoencoder.update(
-        widths=(64, 128, 128, 128), strides=(2, 2, 2), patch=1, latent=4, blocks=2, kl_weight=1e-6
-    )
+    config.autoencoder.update(widths=(64, 128, 128, 128), strides=(2, 2, 2), patch=1, latent=4, blocks=2)
+    config.autoencoder.kl_weight = 1e-6  # per pixel, as in Rombach et al. 2022, who sum errors and KL alike
     config.unet.update(width=128, mults=(1, 2, 4), blocks=2, attention=(False, True, True))
     config.detector.update(widths=(32, 64, 128), blocks=(1, 2, 2), dim=128)
     config.train.autoencoder.update(steps=40_000, batch=16)
