@@ -12,6 +12,8 @@ import scipy.special
 from ldm import controls, diffusion, samplers
 from tests.test_main import cache, run  # noqa: F401
 
+SMALL = "--config=configs/brain.py:small"
+
 
 @pytest.mark.parametrize("kind", diffusion.SCHEDULES)
 @pytest.mark.parametrize("shape", [(4, 4, 2), (2, 3, 4, 1)])
@@ -53,26 +55,20 @@ def test_unknown_control():
 def test_audits_of_the_controls_end_in_what_is_known_of_them(tmp_path, cache):  # noqa: F811
     """Through the entrypoint, one autoencoder and detector for both: all that the optimal denoiser draws is a copy; of
     unseen patients none is, and as many p-values are small as their level says."""
-    overrides = [
-        "--config.train.autoencoder.steps=60",
-        "--config.train.diffusion.steps=1",
-        "--config.quality.enabled=False",
-    ]
-    overrides += ["--config.data.cohort.subjects.val=99", "--config.data.cohort.subjects.control=40"]
+    overrides = ["--config.train.diffusion.steps=1", "--config.quality.enabled=False", "--config.sample.n=16"]
     found, p = {}, {}
     for control in controls.CONTROLS:
         done = run(
             tmp_path / control, "--mode=train,sample,audit", f"--config.sample.control={control}",
-            f"--config.share={tmp_path / 'share'}", "--config.audit.spaces=()", *overrides, cache=cache,
+            f"--config.share={tmp_path / 'share'}", "--config.audit.spaces=()", *overrides, cache=cache, config=SMALL,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found[control] = json.loads((tmp_path / control / "audit" / "audit.json").read_text())
         with open(tmp_path / control / "audit" / "verdicts.csv") as file:
             p[control] = np.array([float(row["p_value"]) for row in csv.DictReader(file)])
     optimal, held_out = (found[control] for control in controls.CONTROLS)
-    assert optimal["calibrated"]["n_copies"] == optimal["n_syn"] == 12 and optimal["verdict"] == "FAIL"
-    assert held_out["calibrated"]["n_copies"] == 0 and held_out["n_syn"] == 40 and held_out["verdict"] != "FAIL"
-    for level in (0.1, 0.3, 0.5):  # 40 unseen patients against 99 others: beta-binomial, here as normal
-        spread = np.sqrt(level * (1 - level) * (1 / 40 + 1 / 99))
+    assert optimal["calibrated"]["n_copies"] == optimal["n_syn"] == 16 and optimal["verdict"] == "FAIL"
+    assert held_out["calibrated"]["n_copies"] == 0 and held_out["n_syn"] == 60 and held_out["verdict"] != "FAIL"
+    for level in (0.1, 0.3, 0.5):  # 60 unseen patients against 240 others: beta-binomial, here as normal
+        spread = np.sqrt(level * (1 - level) * (1 / 60 + 1 / 240))
         assert abs((p["held_out"] <= level).mean() - level) < 3 * spread
-    assert held_out["negative_control"]["n"] == 40
