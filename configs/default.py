@@ -4,6 +4,8 @@ A config file has `get_config(variant='')`; `--config=configs/brain.py:early` pa
 command line: `--config.unet.width=64`. Units: sizes in pixels or voxels, angles in degrees, rates as fractions.
 """
 
+import math
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -93,10 +95,12 @@ def get_config(variant: str = "") -> ConfigDict:
             "attention": False,  # self-attention at the smallest level
             "codes": 0,  # entries of the codebook of a VQ autoencoder; 0: a KL autoencoder
             "error": "l1",  # of pixels: 'l1' or 'l2'; the weights below are against it
-            "kl_weight": 1e-4,  # of the KL divergence per pixel
+            "kl_weight": 1e-4,  # of the KL divergence per pixel; Rombach et al. 2022: 1e-6, MONAI: see `monai_kl`
             "calibrated": False,  # multiply kl_weight by the error: with 1.0, the evidence lower bound
             "commitment": 0.25,  # of encodings to their codes
             "perceptual": 0.0,  # of a distance of filter responses at several scales, against blur
+            # or of the features of a network that you bring: an .npz of weights named as in VGG (ldm/perceptual.py)
+            "perceptual_weights": config_dict.placeholder(str),
             "adversarial": 0.0,  # of a patch adversary, in units of equal gradients; published VQ-GANs: up to 1
             "adversary_from": 0.5,  # share of the training steps after which it starts
             "adversary_widths": (32, 64, 128),  # channels of its levels, each half the size of the one before
@@ -111,6 +115,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "latent": 32,
             "kl_weight": 1.0,
             "calibrated": True,
+            "perceptual_weights": config_dict.placeholder(str),
         }
     )
     config.gan = ConfigDict(
@@ -320,10 +325,21 @@ def paper_detector_training(config: ConfigDict, *, images: int, batch: int) -> N
     config.train.detector.optimiser.update(rate=1e-4, warmup=0, decay_to=0.5, clip=1e9)
 
 
+def monai_kl(weight: float, size: tuple[int, ...]) -> float:
+    """`autoencoder.kl_weight` of a MONAI tutorial that weighs the KL by `weight` on images of `size`.
+
+    Theirs is the KL summed over an image against the mean error of images in [0, 1]: so it grows with the image, by its
+    number of pixels, and an error is half of ours, in [-1, 1]. Kept is what a pixel of theirs pays, whatever our size.
+    """
+    return 2 * weight * math.prod(size)
+
+
 def monai_volumes(config: ConfigDict, *, images: int) -> None:
-    """A generator of volumes after MONAI's 3D latent diffusion tutorial, without its perceptual and adversarial losses: 100
-    epochs of the autoencoder, 150 of the diffusion model, all of its 1000 steps when sampling."""
-    config.autoencoder.update(widths=(32, 64, 64), strides=(2, 2), patch=1, latent=3, kl_weight=1e-6)
+    """A generator of volumes after MONAI's 3D latent diffusion tutorial (Project-MONAI/GenerativeModels, 3d_ldm_tutorial),
+    without its perceptual and adversarial losses: 100 epochs of the autoencoder, 150 of the diffusion model, all of its
+    1000 steps when sampling. Its KL weight is 1e-6 on volumes of 96x96x64."""
+    kl_weight = monai_kl(1e-6, (96, 96, 64))  # 1.18
+    config.autoencoder.update(widths=(32, 64, 64), strides=(2, 2), patch=1, latent=3, kl_weight=kl_weight)
     config.unet.update(width=32, mults=(1, 2, 2), attention=(False, True, True), heads=1)
     config.diffusion.update(schedule="scaled_linear", beta=(0.0015, 0.0195), predict="eps")
     config.train.autoencoder.update(steps=100 * images // 4, batch=4, eval_every=images // 4)

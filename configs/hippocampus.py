@@ -11,6 +11,11 @@ before the audit registered images. The 64 samples look like the data, slightly 
 copies are seen, 100 % [79.4, 100]. With 28 unseen
 patients a copy rate under 35.9 % could not have been flagged, so the verdict is INCONCLUSIVE.
 
+VQ as well as KL: with `--config.autoencoder.codes=512` and 400 steps of the autoencoder, ten unseen volumes are
+reconstructed at a PSNR of 22.0 dB and an SSIM of 0.79, 98 % of the codes in use (perplexity 414); KL at as many steps, 22.8
+dB and 0.83. After 500 steps of the diffusion model on the VQ latents its samples look like the data, blurred; they were
+not audited.
+
 The default, 32x48x32 with larger models and some ten times the steps, is for an accelerator. It was not run.
 """
 

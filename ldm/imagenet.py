@@ -26,8 +26,8 @@ STRIDES = (1, *(2, 1), *(2, 1), *(2, 1, 1), *(1, 1, 1), *(2, 1, 1, 1), 1)  # of 
 def features() -> Callable[[jax.Array], jax.Array]:
     """A jitted function: images (B, *S, C) in [-1, 1] -> features (B, 1280), pooled after the last convolution.
 
-    Images are resized to 224x224; one channel is repeated. Of a volume, up to 16 planes evenly spaced along its first
-    axis are seen, and their features averaged.
+    Images are resized to 224x224; where there are not three channels, their mean is repeated. Of a volume, up to 16 planes
+    evenly spaced along its first axis are seen, and their features averaged.
 
     Raises:
       ValueError: where the extra is not installed.
@@ -53,7 +53,9 @@ def weights_file() -> Path:
 
 
 def network(convs: dict[str, tuple[np.ndarray, np.ndarray]], x: jax.Array) -> jax.Array:
-    """EfficientNet-Lite0 without its classifier: (B, H, W, 1 or 3) in [-1, 1] -> (B, 1280)."""
+    """EfficientNet-Lite0 without its classifier: (B, H, W, C) in [-1, 1] -> (B, 1280); other than three channels are
+    averaged."""
+    x = x if x.shape[-1] == 3 else x.mean(-1, keepdims=True)
     x = jax.image.resize(x, (len(x), SIZE, SIZE, x.shape[-1]), "linear", antialias=True)
     h = jnp.broadcast_to(x, (*x.shape[:-1], 3))
     h = jax.nn.relu6(_conv(h, *convs["stem"], 2))

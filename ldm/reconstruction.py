@@ -30,7 +30,8 @@ class Aims(NamedTuple):
       calibrated: multiply `kl_weight` by the error itself. With 'l1' and a weight of 1 the loss then has the gradient of
         the evidence lower bound for Laplace noise of the scale that fits best (Rybkin et al. 2021, there for a normal).
       commitment: of `vq.commitment` (VQ autoencoders).
-      perceptual: of `perceptual.distance`.
+      perceptual: of `perceptual.distance`, or, with
+      perceptual_weights: an .npz of a network's weights, of `perceptual.by_network`.
       adversarial: of the patch adversary, in units of `adversary.balance`.
       adversary_widths: channels of the patch discriminator's levels.
     """
@@ -40,14 +41,19 @@ class Aims(NamedTuple):
     calibrated: bool
     commitment: float
     perceptual: float
+    perceptual_weights: str | None
     adversarial: float
     adversary_widths: tuple[int, ...]
 
 
 def check(aims: Aims, section: str = "autoencoder") -> None:
-    """Raises ValueError for an unknown error; `section` is the config's."""
+    """Raises ValueError for an unknown error, or a network that has no weight; `section` is the config's."""
     if aims.error not in ERRORS:
         raise ValueError(f"config.{section}.error={aims.error!r}: use one of {', '.join(ERRORS)}")
+    if aims.perceptual_weights and not aims.perceptual:
+        raise ValueError(
+            f"config.{section}.perceptual_weights is given but config.{section}.perceptual is 0: set it too"
+        )
 
 
 def task(model: autoencoder.Autoencoder, aims: Aims, *, adversarial: bool) -> Task:
@@ -59,6 +65,9 @@ def task(model: autoencoder.Autoencoder, aims: Aims, *, adversarial: bool) -> Ta
     """
     discriminator = adversary.PatchDiscriminator(tuple(aims.adversary_widths), model.encoder.dtype)
     pixels = math.prod(model.image_shape)
+    perceived = lambda x_hat, x, key: perceptual.distance(x_hat, x)
+    if aims.perceptual_weights:
+        perceived = perceptual.by_network(perceptual.read_network(Path(aims.perceptual_weights).expanduser()))
 
     def init(key: jax.Array) -> Any:
         params = model.init(key)
@@ -79,22 +88,22 @@ def task(model: autoencoder.Autoencoder, aims: Aims, *, adversarial: bool) -> Ta
         metrics = {"commitment": commitment, "z_mean": q.mu.mean(), "z_std": q.mu.std(), **vq.usage(index, model.codes)}
         return vq.straight_through(q.mu, z_q), loss, metrics
 
-    def compare(x_hat: jax.Array, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def compare(x_hat: jax.Array, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The reconstruction's loss, without an adversary."""
         error = ERRORS[aims.error](x_hat - x)
         metrics = {aims.error: error, "psnr": 10 * jnp.log10(4.0 / ((x_hat - x) ** 2).mean())}
         if not aims.perceptual:
             return error, metrics
-        distance = perceptual.distance(x_hat, x)
+        distance = perceived(x_hat, x, key)
         return error + aims.perceptual * distance, {**metrics, "perceptual": distance}
 
-    def oppose(params: Any, z: jax.Array, x_hat: jax.Array, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def oppose(params: Any, z: jax.Array, x_hat: jax.Array, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
         """Zero, with the gradients of both sides of the adversarial game."""
         judge = lambda image: discriminator.apply(params["discriminator"], image)
         fixed = jax.lax.stop_gradient
         rest, last = params["decoder"]["params"], model.decoder.last
         _, to_last = jax.vjp(lambda w: model.decoder.apply({"params": {**rest, last: w}}, fixed(z)), rest[last])
-        g_rec = jax.grad(lambda image: compare(image, x)[0])(x_hat)
+        g_rec = jax.grad(lambda image: compare(image, x, key)[0])(x_hat)
         fooled, g_adv = jax.value_and_grad(lambda image: -judge(image).mean())(x_hat)
         weight = aims.adversarial * adversary.balance(lambda g: to_last(g)[0], g_rec, g_adv)
         d_loss = adversary.hinge(judge(x), judge(fixed(x_hat)))
@@ -105,12 +114,12 @@ def task(model: autoencoder.Autoencoder, aims: Aims, *, adversarial: bool) -> Ta
     def loss(params: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         z, latent_loss, metrics = latents(params, x, key)
         x_hat = model.decoder.apply(params["decoder"], z)
-        error, compared = compare(x_hat, x)
+        error, compared = compare(x_hat, x, key)
         if aims.calibrated and not model.codes:
             latent_loss = latent_loss * jax.lax.stop_gradient(compared[aims.error])
         total, metrics = error + latent_loss, {**metrics, **compared}
         if adversarial:
-            opposed, told = oppose(params, z, x_hat, x)
+            opposed, told = oppose(params, z, x_hat, x, key)
             total, metrics = total + opposed, {**metrics, **told}
         return total, metrics
 

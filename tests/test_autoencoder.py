@@ -19,6 +19,7 @@ AIMS = reconstruction.Aims(
     calibrated=False,
     commitment=0.25,
     perceptual=0.0,
+    perceptual_weights=None,
     adversarial=0.0,
     adversary_widths=(8, 8),
 )
@@ -69,6 +70,8 @@ def test_misfits_are_told():
         autoencoder.build((16, 16, 1), strides=((1, 2, 2),), **SMALL)
     with pytest.raises(ValueError, match=r"config\.autoencoder\.error='l3': use one of l1, l2"):
         reconstruction.check(AIMS._replace(error="l3"))
+    with pytest.raises(ValueError, match=r"config\.autoencoder\.perceptual is 0: set it too"):
+        reconstruction.check(AIMS._replace(perceptual_weights="w.npz"))
     with pytest.raises(ValueError, match="3 attention heads cannot share 16 channels"):
         blocks.Attention(heads=3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)))
 
@@ -224,6 +227,80 @@ def test_perceptual_responses_are_scipys():
         for axis, o in enumerate(order, start=1):
             expected = ndimage.correlate1d(expected, perceptual.TAPS[o], axis=axis, mode="nearest")
         np.testing.assert_allclose(finest[..., f], expected, atol=1e-5)
+
+
+def network(path, **changed):
+    """Writes a network of two stages, of two layers and one; None leaves an array out."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv1_1": (3, 4), "conv1_2": (4, 4), "conv2_1": (4, 6)}
+    arrays = {f"{name}.kernel": rng.standard_normal((3, 3, *ends)) for name, ends in shapes.items()}
+    arrays |= {f"{name}.bias": rng.standard_normal(ends[1]) for name, ends in shapes.items()}
+    arrays |= {"mean": np.array([0.1, -0.2, 0.0]), "std": np.array([0.5, 0.4, 1.0])}
+    arrays = {name: value for name, value in (arrays | changed).items() if value is not None}
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_distance_by_a_network_is_its_formula_by_scipy(tmp_path):
+    from scipy import ndimage
+
+    w = network(tmp_path / "w.npz")
+    a, b = (np.asarray(images((12, 10, 1), n=4), float)[part] for part in (slice(0, 2), slice(2, 4)))
+
+    def layer(x, name):
+        kernel = w[f"{name}.kernel"]
+        y = np.stack([
+            sum(ndimage.correlate(x[..., i], kernel[None, ..., i, o], mode="constant") for i in range(x.shape[-1]))
+            for o in range(kernel.shape[-1])
+        ], -1)  # fmt: skip
+        return np.maximum(y + w[f"{name}.bias"], 0)
+
+    def stages(x):
+        first = layer(layer((np.repeat(x, 3, -1) - w["mean"]) / w["std"], "conv1_1"), "conv1_2")
+        second = layer(first.reshape(2, 6, 2, 5, 2, -1).max((2, 4)), "conv2_1")
+        return [f / np.sqrt((f**2).sum(-1, keepdims=True) + 1e-10) for f in (first, second)]
+
+    expected = np.mean([((f - g) ** 2).sum(-1).mean() for f, g in zip(stages(a), stages(b), strict=True)])
+    with jax.default_matmul_precision("highest"):
+        distance = perceptual.by_network(perceptual.read_network(tmp_path / "w.npz"))
+        found = distance(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), jax.random.key(0))
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 2), (6, 8, 10, 1), (6, 8, 2, 2)])
+def test_a_loss_by_a_network(tmp_path, shape):
+    network(tmp_path / "w.npz")
+    aims = AIMS._replace(perceptual=0.5, perceptual_weights=str(tmp_path / "w.npz"))
+    _, task, params = made(shape, aims=aims)
+    x, key = images(shape), jax.random.key(2)
+    loss, metrics = task.loss(params, x, key)
+    rest = metrics["l1"] + 1e-3 * metrics["kl"] / np.prod(shape)
+    assert 0 < float(metrics["perceptual"]) < 2
+    assert float(loss) == pytest.approx(float(rest + 0.5 * metrics["perceptual"]), rel=1e-5)
+    distance = perceptual.by_network(perceptual.read_network(tmp_path / "w.npz"))
+    assert float(distance(x, x, key)) == 0
+    pull = jax.grad(lambda image: distance(image, x, key))(0.9 * x)
+    assert np.isfinite(pull).all() and np.abs(pull).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"conv1_2.kernel": np.zeros((3, 3, 5, 4))}, r"w\.npz: conv1_2\.kernel has shape .* wanted \(3, 3, 4, 'any'\)"),
+        ({"conv2_1.bias": None}, r"conv2_1\.bias must be there, of shape \(6,\)"),
+        ({"std": np.zeros(3)}, r"mean and std must be 3 numbers each"),
+        (
+            {f"conv{layer}.kernel": None for layer in ("1_1", "1_2", "2_1")},
+            r"no array named conv1_1\.kernel; it holds conv",
+        ),
+    ],
+)
+def test_mistakes_in_a_networks_weights_are_told(tmp_path, changed, told):
+    network(tmp_path / "w.npz", **changed)
+    with pytest.raises(ValueError, match=told):
+        perceptual.read_network(tmp_path / "w.npz")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        perceptual.read_network(tmp_path / "other.npz")
 
 
 # ---- the report

@@ -1,5 +1,7 @@
 """The networks' blocks against numpy and scipy in double precision, 2D and 3D, to 1e-5."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,47 @@ def test_attention(shape):
     x = batch(shape)
     p, y = made(blocks.Attention(heads=2), x)
     np.testing.assert_allclose(y, attention(x.astype(float), p, 2), atol=1e-5, rtol=1e-5)
+
+
+# ---- against MONAI, whose results on the same inputs tests/make_reference.py has written down
+
+
+def monai(name, rank):
+    """(input, output, weights by MONAI's names) of its block; channels last."""
+    with np.load(pathlib.Path(__file__).with_name("reference.npz")) as file:
+        found = {key.split("/")[-1]: file[key] for key in file.files if key.startswith(f"{name}/{rank}/")}
+    x, y = (np.moveaxis(found.pop(key), 1, -1) for key in ("input", "output"))
+    return x, y, {key: np.float32(value) / 256 for key, value in found.items()}
+
+
+def of(w, name, kernel="kernel"):
+    """A norm's, a convolution's or a linear map's parameters under our names."""
+    weight = w[f"{name}.weight"]
+    return {"scale" if weight.ndim == 1 else kernel: np.moveaxis(weight, (0, 1)[: weight.ndim], (-1, -2)[: weight.ndim]),
+            "bias": w[f"{name}.bias"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_residual_block_is_monais(rank):
+    x, y, w = monai("residual", rank)
+    p = {"GroupNorm_0": of(w, "norm1"), "Conv_0": of(w, "conv1.conv"), "GroupNorm_1": of(w, "norm2")}
+    p["Conv_1"] = of(w, "conv2.conv", kernel="zero")
+    if rank == 2:  # from 64 channels to 32
+        p["Conv_2"] = of(w, "nin_shortcut.conv")
+    with jax.default_matmul_precision("highest"):
+        mine = jax.jit(blocks.ResBlock(32).apply)({"params": p}, x)
+    np.testing.assert_allclose(mine, y, atol=1e-5 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_attention_is_monais(rank):
+    x, y, w = monai("attention", rank)
+    q, k, v = (of(w, f"attn.to_{letter}") for letter in "qkv")
+    p = {"GroupNorm_0": of(w, "norm"), "Dense_1": of(w, "attn.out_proj", kernel="zero")}
+    p["Dense_0"] = {name: np.concatenate([part[name] for part in (q, k, v)], -1) for name in ("kernel", "bias")}
+    with jax.default_matmul_precision("highest"):
+        mine = jax.jit(blocks.Attention(heads=4).apply)({"params": p}, x)
+    np.testing.assert_allclose(mine, y, atol=1e-5 * np.abs(y).max())
 
 
 def test_time_embedding():

@@ -1,6 +1,7 @@
 """Every config and variant: it resolves, says how it is run, and its networks fit its images. Nothing is trained."""
 
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -14,10 +15,11 @@ import pytest
 
 import configs
 import main
-from configs import ct, mri
+from configs import ct, default, mri
 from data import files, geometry, load, splits
 from detection import detector
-from launch import stage
+from launch import layers, stage
+from ldm import autoencoder, reconstruction
 from tests.conftest import ROOT
 
 FILES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
@@ -120,6 +122,37 @@ def test_sub_volumes_of_ct_need_their_centres(tmp_path):
         load(**settings)
     with pytest.raises(ValueError, match="no images found"):
         load(**(settings | {"centres": "none"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("mri", ""), *(pytest.param(*ending, marks=pytest.mark.slow) for ending in
+                          [("mri", "paper"), ("ct", ""), ("ct", "paper"), ("fastmri", "")])],
+)  # fmt: skip
+def test_sizes_of_the_paper_fit_24_gb(name, variant, capsys):
+    """Every stage on one device, by the dry run."""
+    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    config.plan.devices = 1
+    main.dry_run(config)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {stage: cost["memory"] for stage, cost in found.items() if cost["memory"] > 24e9} == {}
+    assert len(found) == 4 and (name != "mri" or config.data.size == (32, 256, 256))
+
+
+def test_the_kl_weight_is_monais_at_its_own_size():
+    """On images of the tutorial's size twice its loss, whose images are in [0, 1], is ours."""
+    size, weight = (8, 8, 4), 1e-3
+    assert mri.get_config().autoencoder.kl_weight == pytest.approx(2e-6 * 96 * 96 * 64)
+    aims = reconstruction.Aims("l1", default.monai_kl(weight, size), False, 0.0, 0.0, None, 0.0, ())
+    model = autoencoder.build((*size, 1), widths=(4,), strides=(), latent=2)
+    task = reconstruction.task(model, aims, adversarial=False)
+    params = layers.init(task.init, jax.random.key(0))
+    x, key = jax.random.uniform(jax.random.key(1), (3, *size, 1), minval=-1.0), jax.random.key(2)
+    q = model.encode(params, x)
+    x_hat = model.decode(params, autoencoder.draw(q, key))
+    sigma = jnp.exp(0.5 * q.logvar)
+    kl = 0.5 * (q.mu**2 + sigma**2 - jnp.log(sigma**2) - 1).sum((1, 2, 3, 4))
+    theirs = jnp.abs((x_hat + 1) / 2 - (x + 1) / 2).mean() + weight * kl.sum() / len(kl)
+    assert float(task.loss(params, x, key)[0]) == pytest.approx(2 * float(theirs), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """The optimal denoiser of a training set: the textbook formula, and that it draws nothing but the training set."""
 
+import csv
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,9 @@ import pytest
 import scipy.special
 
 from ldm import controls, diffusion, samplers
+from tests.test_main import cache, run  # noqa: F401
+
+SMALL = "--config=configs/brain.py:small"
 
 
 @pytest.mark.parametrize("kind", diffusion.SCHEDULES)
@@ -43,3 +49,26 @@ def test_it_draws_the_training_set_and_nothing_else(kind, sampler):
 def test_unknown_control():
     with pytest.raises(ValueError, match=r"config\.sample\.control='perfect': use one of optimal, held_out"):
         controls.check("perfect")
+
+
+@pytest.mark.slow
+def test_audits_of_the_controls_end_in_what_is_known_of_them(tmp_path, cache):  # noqa: F811
+    """Through the entrypoint, one autoencoder and detector for both: all that the optimal denoiser draws is a copy; of
+    unseen patients none is, and as many p-values are small as their level says."""
+    overrides = ["--config.train.diffusion.steps=1", "--config.quality.enabled=False", "--config.sample.n=16"]
+    found, p = {}, {}
+    for control in controls.CONTROLS:
+        done = run(
+            tmp_path / control, "--mode=train,sample,audit", f"--config.sample.control={control}",
+            f"--config.share={tmp_path / 'share'}", "--config.audit.spaces=()", *overrides, cache=cache, config=SMALL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[control] = json.loads((tmp_path / control / "audit" / "audit.json").read_text())
+        with open(tmp_path / control / "audit" / "verdicts.csv") as file:
+            p[control] = np.array([float(row["p_value"]) for row in csv.DictReader(file)])
+    optimal, held_out = (found[control] for control in controls.CONTROLS)
+    assert optimal["calibrated"]["n_copies"] == optimal["n_syn"] == 16 and optimal["verdict"] == "FAIL"
+    assert held_out["calibrated"]["n_copies"] == 0 and held_out["n_syn"] == 60 and held_out["verdict"] != "FAIL"
+    for level in (0.1, 0.3, 0.5):  # 60 unseen patients against 240 others: beta-binomial, here as normal
+        spread = np.sqrt(level * (1 - level) * (1 / 60 + 1 / 240))
+        assert abs((p["held_out"] <= level).mean() - level) < 3 * spread

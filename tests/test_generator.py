@@ -1,7 +1,11 @@
 """The generators as wholes: every kind trains on the one loop, resumes exactly, agrees over devices, samples by number."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -13,11 +17,13 @@ import pytest
 import ldm
 from launch import layers, loop, mesh
 from ldm import autoencoder, diffusion, gan, generator, reconstruction
+from tests.conftest import ROOT
 from tests.test_loop import Killed, _Compiles, assert_same
 from tests.test_main import cache, run  # noqa: F401
 
 CODER = dict(widths=(8, 16), strides=(2,), patch=2, latent=4, blocks=1, attention=False)
 AIMS = dict(error="l1", kl_weight=1e-3, calibrated=False, commitment=0.25, perceptual=0.3, adversarial=0.0)
+AIMS |= dict(perceptual_weights=None)
 FIRST = {
     "ldm": dict(**CODER, **AIMS, codes=0, adversary_widths=(8, 8), adversary_from=0.5),
     "vae": dict(**CODER, **{**AIMS, "calibrated": True}, codes=0, adversary_widths=(8, 8), adversary_from=0.5),
@@ -49,15 +55,15 @@ def in_order(images, batch):
         yield np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)]), len(part)
 
 
-def train(model, name, feed=batches, steps=6, **settings):
+def train(model, name, feed=batches, steps=6, images=IMAGES, **settings):
     """Trains the stage; the loop's last state: parameters and optimiser states of all players."""
     ema = {} if name in ("autoencoder", "vae") else {"ema": (0.9,)}
-    settings = dict(batch=16, optimiser=ADAM, save_every=2, eval_every=6, log_every=1) | ema | settings
+    settings = dict(batch=16, optimiser=ADAM, save_every=2, eval_every=6, log_every=1, guard="off") | ema | settings
     states, fit = [], loop.fit
     with mock.patch.object(loop, "fit", lambda *args, **kwargs: states.append(fit(*args, **kwargs)) or states[-1]):
         ldm.train(
-            model, name, IMAGES[:24], IMAGES[24:], batches=feed, in_order=in_order, augment=None, steps=steps,
-            key=jax.random.key(0), patients=(np.arange(24), np.arange(8)), guard="off", **settings,
+            model, name, images[:24], images[24:], batches=feed, in_order=in_order, augment=None, steps=steps,
+            key=jax.random.key(0), patients=(np.arange(24), np.arange(8)), **settings,
         )  # fmt: skip
     return states[-1]
 
@@ -103,6 +109,30 @@ def test_any_number_of_devices_agrees(tmp_path, mesh_of, monkeypatch, players):
     with jax.set_mesh(mesh_of(8, 2)):
         many = train(build(kind, tmp_path / "many", first), name)
     assert_same(one.params, many.params, exact=False)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(tmp_path, mesh_of, monkeypatch):
+    """All players, their discriminators and their codebook; by gradient descent, as above."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    settings = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "FACSIMILE_PROCESSES": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.players", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=settings | {"FACSIMILE_PROCESS": str(i)},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=500)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    monkeypatch.setattr(loop, "optimiser", lambda **_: optax.sgd(0.05))
+    for players, (kind, name, first) in PLAYERS.items():
+        with jax.set_mesh(mesh_of(1, 1)):
+            one = train(build(kind, tmp_path / "one" / players, first), name, steps=4)
+        with np.load(tmp_path / f"{players}.npz") as file:
+            assert_same(jax.tree.leaves(one.params), [file[leaf] for leaf in file.files], exact=False)
 
 
 @pytest.mark.slow
@@ -159,6 +189,24 @@ def test_each_image_is_rendered_with_noise_of_its_own(tmp_path):
     shared = lambda x: render(autoencoder.draw(posterior(x), jax.random.key(0)))
     assert same_rows(shared) > 0.5, "noise by the row alone is the same for both"
     assert abs(same_rows(trip)) < 0.2
+
+
+def test_looks_guard_and_averages_of_volumes_with_two_channels(tmp_path):
+    images = np.tanh(RNG.standard_normal((32, 8, 8, 8, 2))).astype(np.float32)
+    model = ldm.build("ldm", images.shape[1:], tmp_path, first=FIRST["ldm"], net=NET, process=PROCESS)
+    train(model, "autoencoder", steps=1, images=images)
+    train(model, "diffusion", steps=4, images=images, eval_every=2, ema=(0.5, 0.9), guard="warn")
+    folder = tmp_path / "diffusion"
+    assert [path.name for path in sorted((folder / "looks").iterdir())] == ["00000002.png", "00000004.png"]
+    assert (folder / "last_safe").is_dir(), "nothing is memorized in four steps"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "gap_p_value" in line] == [2, 4]
+    drawn = []
+    for ema in (0.5, 0.9):
+        weights = ldm.load(model, ema=ema, decays=(0.5, 0.9))
+        drawn.append(ldm.sampler(model, weights, key=jax.random.key(1), sampler="ddim", steps=2, eta=0.0)(np.arange(8)))
+    assert drawn[0].shape == (8, 8, 8, 8, 2) and np.abs(drawn[0] - drawn[1]).max() > 1e-5
+    assert ldm.round_trip(model)(images[:8]).shape == (8, 8, 8, 8, 2)
 
 
 def test_a_vae_samples_from_its_prior(tmp_path):

@@ -21,7 +21,7 @@ def tasks():
     def denoising(params, batch, key):
         return ((net.apply(params, batch, jnp.full(len(batch), 0.3)) - jnp.sin(batch)) ** 2).mean(), {}
 
-    aims = reconstruction.Aims("l1", 1e-4, False, 0.25, 0.0, 0.0, ())
+    aims = reconstruction.Aims("l1", 1e-4, False, 0.25, 0.0, None, 0.0, ())
     task = reconstruction.task(coder, aims, adversarial=False)
     return {
         "autoencoder": (task.init, task.loss, normal((8, *shape)).astype(np.float32)),

@@ -1,6 +1,7 @@
 """Samplers: exact where the denoiser is, the moments of Gaussian data, orders of convergence, diffusers' own steps."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -127,104 +128,53 @@ def test_mistakes_are_told(settings, told):
         samplers.sample(model, None, jax.random.split(jax.random.key(0), 2), (2, 2, 1), **settings)
 
 
-# ---- against diffusers: an extra, where it is installed
+# ---- against diffusers, whose results on the same inputs tests/make_reference.py has written down
+
+REFERENCE = np.load(pathlib.Path(__file__).with_name("reference.npz"))
+START, T, BETA = REFERENCE["start"], 1000, (0.0015, 0.0195)
+PATHS = [name.split("/")[1:] for name in REFERENCE.files if name.startswith("path/")]
 
 
-def toy(z_t, t, T):
-    """Any smooth function of z_t and t will do, as long as both libraries are given the same."""
-    return np.tanh(np.asarray(z_t) * (0.3 + t / T)) + 0.1
+def toy(params, z_t, t, key):
+    """The network that theirs was given: `toy` of tests/make_reference.py."""
+    return jnp.tanh(z_t * (0.3 + t.reshape(-1, 1, 1, 1))) + 0.1
 
 
-def ours(kind, predict, sampler, steps, T, beta):
-    schedule = diffusion.schedule(kind, T, beta)
-    apply = lambda params, z_t, t, key: jnp.tanh(z_t * (0.3 + t.reshape(-1, 1, 1, 1))) + 0.1
-    draw = lambda key: samplers.sample(
-        diffusion.Denoiser(apply, schedule, predict), None, key[None], (4, 4, 1), sampler=sampler, steps=steps
-    )
-    start = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (4, 4, 1))
-    return np.asarray(start), np.asarray(draw(jax.random.key(0))[0])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "scaled_linear"])
+def test_schedules_are_diffusers(kind):
+    mine = diffusion.alpha_bar(kind, T, BETA)[[*range(0, T, 37), T - 1]]
+    np.testing.assert_allclose(mine, REFERENCE[f"schedule/{kind}"], rtol=2e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("kind", "theirs"), [("cosine", "squaredcos_cap_v2"), ("linear", "linear"), ("scaled_linear", "scaled_linear")]
-)
-def test_schedules_are_diffusers(kind, theirs):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(1000, beta_start=0.0015, beta_end=0.0195, beta_schedule=theirs)
-    np.testing.assert_allclose(diffusion.alpha_bar(kind, 1000), scheduler.alphas_cumprod.numpy(), rtol=2e-4, atol=1e-9)
+def test_all_paths_of_diffusers_are_there():
+    assert len(PATHS) == 3 * 4 + 2 and {"ddim", "dpmpp", "euler", "heun"} == {sampler for sampler, *_ in PATHS}
 
 
-@pytest.mark.parametrize("predict", ["eps", "v", "x0"])
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 10), ("ddim", 40), ("dpmpp", 10), ("dpmpp", 25)])
-def test_deterministic_samplers_are_diffusers(predict, sampler, steps):
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    beta, T = (0.0015, 0.0195), 1000
-    shared = dict(
-        num_train_timesteps=T,
-        beta_start=beta[0],
-        beta_end=beta[1],
-        beta_schedule="scaled_linear",
-        timestep_spacing="trailing",
-        prediction_type={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[predict],
-    )
-    if sampler == "ddim":
-        scheduler = diffusers.DDIMScheduler(**shared, clip_sample=False, set_alpha_to_one=True)
-    else:
-        scheduler = diffusers.DPMSolverMultistepScheduler(**shared, final_sigmas_type="zero")
-    scheduler.set_timesteps(steps)
-    start, mine = ours("scaled_linear", predict, sampler, steps, T, beta)
-    z_t = torch.tensor(start)
-    assert samplers.timesteps(T, steps).tolist() == scheduler.timesteps.tolist()
-    for t in scheduler.timesteps:
-        z_t = scheduler.step(torch.tensor(toy(z_t, t.item(), T)), t, z_t).prev_sample
-    np.testing.assert_allclose(mine, z_t.numpy(), rtol=2e-3, atol=2e-4)
+@pytest.mark.parametrize(("sampler", "predict", "steps"), PATHS)
+def test_deterministic_samplers_are_diffusers(monkeypatch, sampler, predict, steps):
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.asarray(START))  # what theirs start from
+    schedule = diffusion.schedule("flow" if predict == "flow" else "scaled_linear", T, BETA)
+    if predict != "flow":
+        assert samplers.timesteps(T, int(steps)).tolist() == REFERENCE[f"times/{sampler}/{steps}"].tolist()
+    model = diffusion.Denoiser(toy, schedule, predict)
+    key = jax.random.key(0)[None]
+    mine = samplers.sample(model, None, key, START.shape, sampler=sampler, steps=int(steps))[0]
+    np.testing.assert_allclose(mine, REFERENCE[f"path/{sampler}/{predict}/{steps}"], rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize(("sampler", "theirs"), [("euler", "Euler"), ("heun", "Heun")])
-def test_flow_samplers_are_diffusers(sampler, theirs):
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    T, steps = 1000, 20
-    scheduler = getattr(diffusers, f"FlowMatch{theirs}DiscreteScheduler")(num_train_timesteps=T)
-    start, mine = ours("flow", "flow", sampler, steps, T, (0, 0))
-    if sampler == "euler":
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
-    else:
-        scheduler.set_timesteps(steps)
-        times = torch.tensor(samplers.timesteps(T, steps) + 1.0)
-        twice = torch.cat([times[:1], times[1:].repeat_interleave(2)])
-        scheduler.timesteps, sigmas = twice, torch.cat([times / T, torch.zeros(1)])
-        scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
-    z_t = torch.tensor(start)
-    for t in scheduler.timesteps:  # theirs counts 1 ... T where ours counts 0 ... T - 1
-        z_t = scheduler.step(torch.tensor(toy(z_t, t.item() - 1, T)), t, z_t).prev_sample
-    np.testing.assert_allclose(mine, z_t.numpy(), rtol=1e-3, atol=1e-4)
-
-
-def test_ancestral_steps_are_diffusers(monkeypatch):
+def test_ancestral_steps_are_diffusers():
     """Mean and standard deviation of every step, from theirs with the noise set to 0 and to 1."""
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    T, beta = 50, (0.001, 0.2)
-    scheduler = diffusers.DDPMScheduler(
-        T,
-        beta_start=beta[0],
-        beta_end=beta[1],
-        beta_schedule="linear",
-        clip_sample=False,
-        prediction_type="v_prediction",
-    )
-    plan = samplers.plan(diffusion.schedule("linear", T, beta), T)
-    z_t = np.random.default_rng(0).standard_normal((1, 4, 4, 1)).astype(np.float32)
-    for i, t in enumerate(range(T - 1, -1, -1)):
+    theirs = REFERENCE["ddpm"]
+    T = len(theirs)
+    plan = samplers.plan(diffusion.schedule("linear", T, (0.001, 0.2)), T)
+    model = lambda z, t, c: diffusion.split("v", z, toy(None, z, t / T, None), c)
+    for i in range(T):
         s = jax.tree.map(lambda x, i=i: x[i], plan)
-        model = lambda z, t, c: diffusion.split("v", z, jnp.asarray(toy(z_t, int(t), T)), c)
-        for noise in (0.0, 1.0):
-            module = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
-            monkeypatch.setattr(module, lambda shape, noise=noise, **_: torch.full(shape, noise))
-            theirs = scheduler.step(torch.tensor(toy(z_t, t, T)), t, torch.tensor(z_t)).prev_sample.numpy()
-            mine, _ = samplers.ddpm(
-                model, s, jnp.asarray(z_t), None, lambda i, noise=noise: noise * jnp.ones((1, 4, 4, 1)), 0
-            )
-            np.testing.assert_allclose(mine, theirs, atol=2e-3 if t == 0 else 2e-4, err_msg=f"t={t}, noise={noise}")
+        for noise in (0, 1):
+            drawn = lambda step, noise=noise: jnp.full((1, *START.shape), float(noise))
+            mine, _ = samplers.ddpm(model, s, jnp.asarray(START)[None], None, drawn, 0)
+            err = f"step {i}, noise {noise}"
+            np.testing.assert_allclose(mine[0], theirs[i, noise], atol=2e-3 if i == T - 1 else 2e-4, err_msg=err)
 
 
 @pytest.mark.parametrize("level", [0.1, 0.5, 1.0])
