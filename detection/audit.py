@@ -143,7 +143,7 @@ def audit(
     result = {
         "caveats": [*caveats, *look.caveats],
         **result,
-        "paper": paper_section(raw, alone["control"], train, control, percentile=percentile, seed=seed),
+        "paper": evidence.of_paper(raw, alone["control"], train, control, percentile=percentile, seed=seed),
         "rendering": look.report,
         "patients": report.copied_patients(train.patients[ours.hits.index[:, 0]], test.flagged_K),
         "extraction": extraction.extraction(ours.hits.index[:, 0], test.flagged_K, train.patients, fdr=fdr, seed=seed),
@@ -369,37 +369,6 @@ def examined_again(
             {"space": name, **counts, **seen, "verdict": word if word == "FAIL" else "INCONCLUSIVE", "reasons": reasons}
         )
     return rows
-
-
-def paper_section(
-    raw: Mapping[str, np.ndarray], control_CxD: np.ndarray, train: Any, control: Any, *, percentile: float, seed: int
-) -> dict[str, Any]:
-    """The paper's rule, by embeddings of images as they are, and what it says of unseen people (`control_CxD`, rendered as samples)."""
-    train_NxD, val_MxD, syn_KxD = (raw[name] for name in ("train", "val", "synthetic"))
-    best = lambda query, key: neighbours.nearest(query, key).sim[:, 0]
-    k = len(syn_KxD)
-    syn_K, control_C = best(syn_KxD, train_NxD), best(control_CxD, train_NxD)
-    rule = calibrate.paper_rule(best(train_NxD, val_MxD), best(train_NxD, syn_KxD), syn_K, percentile)
-    above_N = neighbours.count_above(train_NxD, control_CxD, rule.threshold)
-    floor = calibrate.null_floor(rule.threshold, control_C, control.patients, above_N, k, seed=seed)
-    copied_N = neighbours.count_above(train_NxD, syn_KxD, rule.threshold)
-    matched = extraction.mem_rate_size_matched(copied_N, train.patients, k, len(val_MxD), seed=seed)
-    return {
-        **matched,
-        "threshold": rule.threshold,
-        "n_mem": int(rule.mem_N.sum()),
-        "n_copies": int(rule.copies_K.sum()),
-        "mem_rate": float(rule.mem_N.mean()),
-        "mem_rate_ci": list(calibrate.rate_interval(rule.mem_N, train.patients, seed=seed)),
-        "n_mem_patients": len(np.unique(train.patients[rule.mem_N])),
-        "copy_rate": float(rule.copies_K.mean()),
-        "copy_rate_ci": list(calibrate.clopper_pearson(rule.copies_K.sum(), k)),
-        "null_mem_rate": floor.mem_rate,
-        "null_mem_rate_extrapolated": floor.extrapolated,
-        "null_copy_rate": floor.copy_rate,
-        "null_copy_rate_ci": list(floor.copy_rate_ci),
-        "histogram": outputs.histogram(syn_K, best(val_MxD, train_NxD), control_C),
-    }
 
 
 def finite(rate: float) -> float | None:
