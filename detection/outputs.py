@@ -85,6 +85,8 @@ def table(result: dict[str, Any], folder: Path) -> str:
     bounds = result["bounds"]
     rate = lambda name: percent(power[name]) if power[name] else "none, there are too few unseen patients"
     worst = max(bounds["by_kind"], key=lambda row: row["at_most_rate"])
+    if_worst = f"up to {percent(worst['at_most_rate'])} if all were of the kind that is seen worst, {worst['kind']}"
+    if_worst = f" ({if_worst})" if worst["at_most_rate"] > bounds["at_most_rate"] else ""
     null_mem = percent(paper["null_mem_rate"]) + (", extrapolated" if paper["null_mem_rate_extrapolated"] else "")
     weakest = min(result["positive_control"], key=lambda row: row["recall"])
     lines = [
@@ -98,8 +100,7 @@ def table(result: dict[str, Any], folder: Path) -> str:
         f"{'memorized training images':34}{calibrated['n_mem']:>24}{paper['n_mem']:>24}{null_mem:>26}",
         f"{'  patients':34}{calibrated['n_mem_patients']:>24}{paper['n_mem_patients']:>24}",
         f"copies among the {result['n_syn']}: between {percent(bounds['at_least_rate'])} and {percent(bounds['at_most_rate'])}, "
-        f"{100 * bounds['confidence']:g} % confidence at each end (up to {percent(worst['at_most_rate'])} if all were of the kind "
-        f"that is seen worst, {worst['kind']})",
+        f"{100 * bounds['confidence']:g} % confidence at each end{if_worst}",
         f"  {bounds['n_above']} are more similar than {verdict.unseen_patients(bounds['rank'], result['n_val_patients'])}, "
         f"{bounds['n_above_expected']:.1f} would be by chance; chance of as many at any line if none is a copy: {bounds['p_value']:.2g}",
         f"negative control: {both(negative['flag_rate'], negative['flag_rate_ci'])} of {negative['n']} images of "

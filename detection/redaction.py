@@ -7,7 +7,7 @@ from typing import Any
 
 REMOVED = "(removed)"
 PER_IMAGE = (
-    "every image counts as a patient of its own (data.patients='per_image'): if patients have several images, "
+    "every image counts as a patient of its own (data.patients='per_image'); if patients have several images, "
     "training and unseen images are related, intervals are too narrow, and memorization is understated"
 )
 # Caveats that stay. Any other is a note on the data, may name files and patients in any words, and is only counted.

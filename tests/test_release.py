@@ -139,7 +139,9 @@ def test_copies_left_is_the_largest_number_that_the_binomial_allows():
 def lower_limits():
     """Lower end of the recall's interval by how many of 64 planted copies are caught."""
     plant = lambda n: controls.Planted("identity", 0.0, True, (np.arange(64) < n).astype(float), np.zeros(64, int))
-    return [controls.overall([plant(n)], 0.5, 0)["recall_ci"][0] for n in range(65)]
+    return [
+        controls.overall([plant(n)], 0.5, np.zeros(64, int), np.zeros(64, int), 0)["recall_ci"][0] for n in range(65)
+    ]
 
 
 @pytest.mark.parametrize("copies", [0, 1, 5, 30, 200])

@@ -61,7 +61,7 @@ def real(tmp_path_factory):
         quality=lambda keep_K: ldm.before_and_after(judged(np.ones(60, bool)), judged(keep_K), "synthetic"),
         source=folder / "source", in_order=data.in_order, folder=folder / "audit", policy=test_audit.POLICY,
         release_to=folder / "release", release_level=0.05, release_anyway=False, fdr=0.1, percentile=95.0, pairs=4,
-        planted=40, batch=32, seed=0,
+        slow_images=2000, planted=40, batch=32, seed=0,
     )  # fmt: skip
     with jax.set_mesh(make_mesh(8, 1)):
         space = spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=8)
