@@ -1,7 +1,6 @@
 """Studies: what is run, that any interruption ends in the same table, failures, and the shell scripts."""
 
 import csv
-import functools
 import json
 import math
 import os
@@ -331,9 +330,10 @@ def test_told_to_stop_it_stops_what_a_script_runs_for_it(tmp_path, monkeypatch, 
     script.write_text(f'#!/bin/sh\n{FAKE.removeprefix("--main=")} "$@"\necho left\n')
     script.chmod(0o755)
     env = {**os.environ, "FAKE_SECONDS": "600"} | ({"FACSIMILE_STOPPED_CODE": code} if code else {})
+    heed = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
     command = [sys.executable, "-m", "launch.ablate", *flags("steps", tmp_path / "w"), f"--main={script}"]
-    hang_up = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # the suite itself may run under nohup
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL, preexec_fn=hang_up)
+    command = [sys.executable, "-c", heed, *command]  # the suite itself may run under nohup
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     try:
         deadline = time.time() + 120
         while not (found := [p for p in tmp_path.glob("w/runs/*/busy") if p.read_text()]):
