@@ -294,7 +294,7 @@ def test_a_study_killed_ten_times_ends_with_the_same_table(tmp_path):
     assert whole.wait() == 0
     rng, done = np.random.default_rng(0), []
     for number in range(10):
-        process = study(tmp_path / "killed")
+        process = study(tmp_path / "killed", seconds="0.3")
         next((line for line in process.stderr if "started" in line), None)
         time.sleep(rng.uniform(0.0, 0.8))
         how = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
@@ -330,7 +330,9 @@ def test_told_to_stop_it_stops_what_a_script_runs_for_it(tmp_path, monkeypatch, 
     script.write_text(f'#!/bin/sh\n{FAKE.removeprefix("--main=")} "$@"\necho left\n')
     script.chmod(0o755)
     env = {**os.environ, "FAKE_SECONDS": "600"} | ({"FACSIMILE_STOPPED_CODE": code} if code else {})
-    heed = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    heed = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    )
     command = [sys.executable, "-m", "launch.ablate", *flags("steps", tmp_path / "w"), f"--main={script}"]
     command = [sys.executable, "-c", heed, *command]  # the suite itself may run under nohup
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)

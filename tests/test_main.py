@@ -184,8 +184,8 @@ def test_any_folder_of_images_is_audited(cache, tmp_path, size):
         (["--mode=train", "--config.autoencoder.patch=3"], "must be a multiple of"),
         (["--mode=train", "--config.diffusion.predict=mu"], "config.diffusion.predict='mu'"),
         (["--mode=sample"], "run --mode=train with this --workdir first"),
-        (["--mode=audit", "--config.audit.synthetic=tests/benchmarks/__pycache__"], "config.audit.synthetic must name"),
-        (["--mode=audit"], "config.audit.synthetic must name a folder of images, or be None after --mode=sample"),
+        (["--mode=audit", "--config.audit.synthetic=tests/benchmarks/__pycache__"], "correct audit.synthetic"),
+        (["--mode=audit"], "or run --mode=sample first"),
         (["--mode=train", "extra"], "unexpected argument 'extra'"),
     ],
 )
