@@ -139,8 +139,9 @@ def audit(config: ConfigDict, workdir: Path) -> int:
                 "give them a share, say 0.15, or a split in the manifest"
             )
     if ours:  # else who trained the generator might be among the unseen patients
+        learned = {stage.CONTENT: data.content(sets, *LEARNED)}
         for made in (*ldm.stages(config.generator), "samples"):
-            stage.check(workdir / made, {stage.CONTENT: data.content(sets, *LEARNED)})
+            stage.check(workdir / made, learned)
     synthetic = data.read_folder(source, **reading_of(config, workdir, reading if not ours else None))
     given = {}
     if vectors:

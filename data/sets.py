@@ -254,7 +254,8 @@ def subset(one: ImageSet, keep: np.ndarray) -> ImageSet:
     from data import builder
 
     images = builder.Stored(one.images.folder, one.images.indices[keep])
-    return one._replace(images=images, ids=one.ids[keep], patients=one.patients[keep])
+    digests = [digest for digest, kept in zip(one.digests, keep, strict=True) if kept]
+    return one._replace(images=images, ids=one.ids[keep], patients=one.patients[keep], digests=digests)
 
 
 def _read(

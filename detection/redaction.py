@@ -64,7 +64,7 @@ def redacted(result: Mapping[str, Any], pairs: Sequence[Any] = ()) -> dict[str, 
     configuration that are not a choice among the code's own names are removed.
     """
     known = {key: value for key, value in result.items() if key in SECTIONS - {"caveats"}}
-    clean = changed(text_only(known), scrubber(result, pairs))
+    clean = changed(strings_under(TEXT, known), scrubber(result, pairs))
     if "caveats" in result:
         said = list(result["caveats"] or [])
         kept = [caveat for caveat in said if CAVEATS.fullmatch(caveat)]
@@ -81,7 +81,7 @@ def redacted(result: Mapping[str, Any], pairs: Sequence[Any] = ()) -> dict[str, 
     source = clean.get("provenance")
     if source:
         clean["provenance"] = {
-            "config": settings_only(source.get("config") or {}),
+            "config": strings_under(SETTINGS, source.get("config") or {}),
             "environment": {k: v for k, v in (source.get("environment") or {}).items() if k in ENVIRONMENT},
             "data": {
                 name: {k: v for k, v in found.items() if k in ("n", "sha256")}
@@ -111,22 +111,13 @@ def pseudonyms(result: Mapping[str, Any], pairs: Sequence[Any]) -> dict[str, str
     return {patient: f"patient {i}" for i, patient in enumerate(known, 1)}
 
 
-def settings_only(tree: Any, key: str = "") -> Any:
-    """A configuration with every string removed that is not under one of `SETTINGS`."""
+def strings_under(keys: frozenset[str], tree: Any, key: str = "") -> Any:
+    """A tree with every string removed that is not under one of `keys`."""
     if isinstance(tree, Mapping):
-        return {k: settings_only(v, k) for k, v in tree.items()}
+        return {k: strings_under(keys, v, k) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [settings_only(v, key) for v in tree]
-    return REMOVED if isinstance(tree, str) and key not in SETTINGS else tree
-
-
-def text_only(tree: Any, key: str = "") -> Any:
-    """A tree with every string removed that is not under a key of `TEXT`."""
-    if isinstance(tree, Mapping):
-        return {k: text_only(v, k) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [text_only(v, key) for v in tree]
-    return REMOVED if isinstance(tree, str) and key not in TEXT else tree
+        return [strings_under(keys, v, key) for v in tree]
+    return REMOVED if isinstance(tree, str) and key not in keys else tree
 
 
 def scrubber(result: Mapping[str, Any], pairs: Sequence[Any]) -> Callable[[str], str]:
@@ -135,7 +126,11 @@ def scrubber(result: Mapping[str, Any], pairs: Sequence[Any]) -> Callable[[str],
     An id of digits only would take ordinary numbers with it, so it is removed only after a word that announces one.
     """
     config = (result.get("provenance") or {}).get("config") or {}
-    secret = {text for text, kept in zip(strings(config), strings(settings_only(config)), strict=True) if text != kept}
+    secret = {
+        text
+        for text, kept in zip(strings(config), strings(strings_under(SETTINGS, config)), strict=True)
+        if text != kept
+    }
     secret |= {text for pair in pairs for text in (pair.synthetic_id, pair.training_id, pair.patient)}
     secret |= {row["patient"] for row in result.get("patients") or []}
     secret |= {(result.get("release") or {}).get("folder") or ""}
