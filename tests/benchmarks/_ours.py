@@ -146,7 +146,8 @@ def embed(case: dict) -> tuple[dict, Callable]:
 
 def start(case: dict) -> tuple[dict, Callable]:
     if jax.config.jax_num_cpu_devices < 1:
-        jax.config.update("jax_num_cpu_devices", machine.cpu_devices(machine.cores(), [case["batch"]]))
+        devices = machine.cpu_devices(machine.cores(), [case["batch"]], machine.rows_a_device())
+        jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
     mesh_ = mesh.make(1)
     with jax.set_mesh(mesh_):
