@@ -15,6 +15,8 @@ def test_nulls_are_flagged_at_no_more_than_nominal_at_any_size():
     for row in rows:
         hits = round(row["any_flagged"] * 60)
         assert calibrate.clopper_pearson(hits, 60, 1 - 0.1 / len(rows))[0] <= statistics.FDR, row
+        hits = round(row["copies_seen"] * 60)
+        assert calibrate.clopper_pearson(hits, 60, 1 - 0.1 / len(rows))[0] <= statistics.FDR, row
         middle, (low, _) = row["p_at_most_nominal"], row["p_at_most_nominal_ci"]
         assert middle - 1.6 * (middle - low) <= statistics.FDR, row
     floors = {(r["n"], r["m"], r["k"]): r for r in rows if r["images_a_patient"] == "1"}
@@ -29,6 +31,9 @@ def test_planted_copies_cost_no_more_false_discoveries_than_promised():
         middle, (_, high) = row["tail_false_discoveries"], row["tail_false_discoveries_ci"]
         assert middle - 1.6 * (high - middle) <= statistics.FDR, row
         assert row["found"] >= row["found_promised"] - 0.3, row
+        for side in ("at_least_holds", "at_most_holds"):
+            holds = round(row[side] * 25)
+            assert calibrate.clopper_pearson(holds, 25, 1 - 0.1 / len(rows))[1] >= row["bounds_promised"], row
     of = {(r["m"], r["copies"], r["copy_rate"]): r for r in rows if r["images_a_patient"] == "1"}
     assert of[50, "near", 0.02]["recall"] == 0 and of[50, "near", 0.02]["tail_recall"] > 0.7
     assert of[1000, "near", 0.5]["recall"] > 0.99 and of[1000, "far", 0.5]["recall"] < 0.9

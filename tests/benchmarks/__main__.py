@@ -14,7 +14,17 @@ from pathlib import Path
 from launch import checkpoint, log, machine
 
 # calibration, detectors and statistics take data folders or hours: each is a command of its own, said in its file
-NAMES = ("duplicates", "inference", "neighbours", "pipeline", "preparation", "startup", "training")
+NAMES = (
+    "demo",
+    "augmentation",
+    "duplicates",
+    "inference",
+    "neighbours",
+    "pipeline",
+    "preparation",
+    "startup",
+    "training",
+)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Our side of `training` and `inference`: one case in one process, served to `_sides`.
+"""Our side of `training`, `inference` and `augmentation`: one case in one process, served to `_sides`.
 
 A case names a network, its settings and a batch. With `file`, weights, inputs, loss and gradients are left there for the
 other side to start from and to agree with.
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.default import get_config
+from data import augment
 from detection import detector
 from launch import layers, loop, machine, mesh
 from ldm import autoencoder, diffusion, samplers, unet
@@ -144,6 +146,16 @@ def embed(case: dict) -> tuple[dict, Callable]:
     return {"devices": mesh.size()}, lambda: jax.block_until_ready(apply(params, x))
 
 
+def augmented(case: dict) -> tuple[dict, Callable]:
+    """One distorted view of each image of a batch, by what the default detector learns from."""
+    distort = jax.jit(functools.partial(augment.augment, **get_config().detector.augment.to_dict()))
+    x = mesh.put(np.random.default_rng(0).uniform(-1, 1, (case["batch"], *case["size"], case["channels"])).astype("f4"))
+    return {"devices": mesh.size()}, lambda: jax.block_until_ready(distort(jax.random.key(0), x))
+
+
+TASKS = {"train": train, "sample": sample, "embed": embed, "augment": augmented}
+
+
 def start(case: dict) -> tuple[dict, Callable]:
     if jax.config.jax_num_cpu_devices < 1:
         devices = machine.cpu_devices(machine.cores(), [case["batch"]], machine.rows_a_device())
@@ -151,7 +163,7 @@ def start(case: dict) -> tuple[dict, Callable]:
     jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
     mesh_ = mesh.make(1)
     with jax.set_mesh(mesh_):
-        said, once = {"train": train, "sample": sample, "embed": embed}[case["task"]](case)
+        said, once = TASKS[case["task"]](case)
 
     def within() -> None:
         with jax.set_mesh(mesh_):

@@ -1,4 +1,4 @@
-"""The PyTorch stacks' side of `training` and `inference`; runs in the Python that has `requirements-bench.txt`."""
+"""The PyTorch stacks' side of `training`, `inference` and `augmentation`; runs in the Python that has `requirements-bench.txt`."""
 
 from collections.abc import Callable
 
@@ -157,5 +157,38 @@ def embed(case: dict) -> tuple[dict, Callable]:
     return {"threads": torch.get_num_threads()}, once
 
 
+def augment(case: dict) -> tuple[dict, Callable]:
+    """MONAI's transforms of the same kinds and probabilities, which take one image at a time."""
+    from monai import transforms as t
+
+    own, rank = case["distortions"], len(case["size"])
+    angle = np.deg2rad(own["rotate"])
+    view = t.Compose(
+        [
+            t.RandFlip(own["flip"], rank - 1),
+            t.RandAffine(
+                own["rotate_p"],
+                rotate_range=(angle,) * (1 if rank == 2 else 3),
+                translate_range=[own["shift"] * n for n in case["size"]],
+                scale_range=(own["scale"],) * rank,
+                padding_mode="border",
+            ),
+            t.RandAdjustContrast(0.5, (float(np.exp(-own["gamma"])), float(np.exp(own["gamma"])))),
+            t.RandBiasField(prob=0.5, degree=2, coeff_range=(0.0, own["bias"])),
+            t.RandGaussianSmooth(*((0.01, own["blur"]),) * 3, prob=0.5),
+            t.RandGaussianNoise(0.5, std=own["noise"]),
+        ]
+    )
+    x = 2 * torch.rand((case["batch"], case["channels"], *case["size"])) - 1
+
+    @torch.no_grad()
+    def once() -> None:
+        torch.stack([torch.as_tensor(view(image)) for image in x])
+
+    return {"threads": torch.get_num_threads()}, once
+
+
+TASKS = {"train": train, "sample": sample, "embed": embed, "augment": augment}
+
 if __name__ == "__main__":
-    _sides.serve(lambda case: {"train": train, "sample": sample, "embed": embed}[case["task"]](case))
+    _sides.serve(lambda case: TASKS[case["task"]](case))

@@ -19,7 +19,7 @@ import data
 import detection
 import main
 from data import copies
-from detection import calibrate, controls, embeddings, views
+from detection import calibrate, controls, embeddings, enrichment, views
 from launch import machine, mesh
 
 DRAWS = 400
@@ -63,25 +63,38 @@ def nulls(unseen, patients, fdr):
     for one_each in (True, False):
         for share in (0.3, 0.5, 0.7, 0.9):
             rng = np.random.default_rng(0)
-            any_, level = [], []
+            any_, level, sees = [], [], []
             for _ in range(DRAWS):
                 null, rest = split(rng, patients, share, one_each)
                 p = calibrate.conformal_p(unseen[rest], unseen[null], patients[null])
                 any_.append(calibrate.benjamini_hochberg(p, fdr).any())
                 level.append((p <= fdr).mean())
+                n_null = len(np.unique(patients[null]))
+                lines = enrichment.ranks(n_null, fdr)
+                sees.append(
+                    enrichment.set_test([enrichment.above(p, j, n_null) for j in lines], lines, len(p), n_null)[1] > 0
+                )
             rows.append(
                 {
                     "images": "one a patient" if one_each else "all",
-                    "null_patients": round(share * len(np.unique(patients))),
+                    "null_patients": n_null,
                     "k": len(rest),
                     "draws": DRAWS,
                     "any_flagged": float(np.mean(any_)),
                     "any_flagged_ci": list(calibrate.clopper_pearson(sum(any_), DRAWS)),
+                    "copies_seen": float(np.mean(sees)),
+                    "copies_seen_ci": list(calibrate.clopper_pearson(sum(sees), DRAWS)),
+                    "copies_seen_promised": enrichment.ALPHA,
                     "p_below_nominal": float(np.mean(level)),
                     "nominal": fdr,
                 }
             )
     return rows
+
+
+def lower_recall(sim_Q, score):
+    """Lower limit of the recall of copies of one kind at this score, as the bounds take it."""
+    return calibrate.clopper_pearson(int((sim_Q >= score).sum()), len(sim_Q))[0]
 
 
 def power(unseen, patients, planted, fdr):
@@ -90,7 +103,7 @@ def power(unseen, patients, planted, fdr):
     for copy in planted:
         for rate in RATES:
             rng = np.random.default_rng(1)
-            recall, wrong, found = [], [], []
+            recall, wrong, found, holds = [], [], [], []
             for _ in range(DRAWS // 4):
                 null, rest = split(rng, patients, 0.75, True)
                 n_copies = max(round(rate / (1 - rate) * len(rest)), 1)
@@ -100,8 +113,16 @@ def power(unseen, patients, planted, fdr):
                 recall.append(flagged[: len(pick)].mean())
                 wrong.append(flagged[len(pick) :].sum() / max(flagged.sum(), 1))
                 found.append(flagged.any())
+                n_null = len(np.unique(patients[null]))
+                lows = {
+                    j: lower_recall(copy.sim_Q, calibrate.score_at(unseen[null], patients[null], j / (n_null + 1)))
+                    for j in enrichment.ranks(n_null, fdr)
+                }
+                said = enrichment.bounds(p, n_null, lows)
+                holds.append(
+                    (said["at_least"] <= len(pick), said["at_most_rate"] >= len(pick) / len(p), said["at_least"] > 0)
+                )
             k = len(pick) + len(rest)
-            n_null = len(np.unique(patients[null]))
             above = float((copy.sim_Q > unseen.max()).mean())
             rows.append(
                 {
@@ -114,6 +135,9 @@ def power(unseen, patients, planted, fdr):
                     "false_discoveries": float(np.mean(wrong)),
                     "false_discoveries_promised": fdr,
                     "found": float(np.mean(found)),
+                    **dict(
+                        zip(("at_least_holds", "at_most_holds", "copies_seen"), np.mean(holds, 0).tolist(), strict=True)
+                    ),
                     "smallest_flaggable": calibrate.fewest_flaggable(n_null, k, fdr) / k,
                     "above_all_unseen": above,
                 }

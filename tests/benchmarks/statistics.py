@@ -4,8 +4,9 @@
 
 Embeddings are Gaussian with a power-law spectrum. Nulls: training, unseen and synthetic images are alike, so nothing
 is memorized and every flag is false. Power: some synthetic images are training images with noise. Unseen patients have
-one image each, or one to six that are much alike. Beside the calibrated test stand the paper's rule on the same nulls,
-and the extrapolated tail. Writes OUT/statistics.json and OUT/statistics.md. About a quarter of an hour on two cores.
+one image each, or one to six that are much alike. The audit's bounds of the number of copies are tested with it: that
+they see none where there are none, and hold the true number otherwise. Beside them stand the paper's rule on the same
+nulls, and the extrapolated tail. Writes OUT/statistics.json and OUT/statistics.md. About a quarter of an hour on two cores.
 """
 
 import argparse
@@ -17,13 +18,14 @@ import jax
 import numpy as np
 from scipy import stats
 
-from detection import calibrate, neighbours, tail
+from detection import calibrate, enrichment, neighbours, tail
 from launch import mesh
 
 SIZES = (50, 200, 1000, 10_000)
 RATES = (0.01, 0.02, 0.05, 0.1, 0.5)
 NOISE = {"near": 0.1, "far": 0.6}  # standard deviation of what is added to a copy, beside a spread of 1
 FDR, DIM, SPECTRUM, IMAGES = 0.05, 32, 1.0, 6
+PLANTED = 64  # copies by which the bounds' recall is measured, as in an audit
 
 
 def embeddings(rng, n, noise=0.0, of=None):
@@ -61,7 +63,12 @@ def nulls(sizes=SIZES, draws=100, paper_draws=10, seed=0):
                 ours = who < m
                 p = calibrate.conformal_p(scores[:k], null[ours], who[ours])
                 flags = calibrate.benjamini_hochberg(p, FDR)
-                row = seen.setdefault((m, k), {"any": [], "share": [], "level": [], "copies": [], "memorized": []})
+                row = seen.setdefault(
+                    (m, k), {"any": [], "share": [], "level": [], "sees": [], "copies": [], "memorized": []}
+                )
+                lines = enrichment.ranks(m, FDR)
+                counts = [enrichment.above(p, j, m) for j in lines]
+                row["sees"].append(enrichment.set_test(counts, lines, k, m)[1] > 0)
                 row["any"].append(flags.any())
                 row["share"].append(flags.mean())
                 row["level"].append((p <= FDR).mean())
@@ -74,10 +81,10 @@ def nulls(sizes=SIZES, draws=100, paper_draws=10, seed=0):
 
 
 def null_row(n, m, k, several, row):
-    """Rates over simulated audits with 95 % intervals; within_nominal: of the share of audits that flag anything, exact,
-    and of the share of images with p at or under nominal, Student's."""
+    """Rates over simulated audits with 95 % intervals; within_nominal: of the share of audits that flag anything or by
+    whose lower bound there are copies, exact, and of the share of images with p at or under nominal, Student's."""
     draws = len(row["any"])
-    any_ci = calibrate.clopper_pearson(sum(row["any"]), draws)
+    any_ci, sees_ci = (calibrate.clopper_pearson(sum(row[key]), draws) for key in ("any", "sees"))
     level, half = np.mean(row["level"]), stats.t.ppf(0.975, draws - 1) * np.std(row["level"], ddof=1) / draws**0.5
     mean = lambda x: float(np.mean(x)) if x else None
     return {
@@ -88,10 +95,12 @@ def null_row(n, m, k, several, row):
         "share_flagged": float(np.mean(row["share"])),
         "any_flagged": float(np.mean(row["any"])),
         "any_flagged_ci": list(any_ci),
+        "copies_seen": float(np.mean(row["sees"])),
+        "copies_seen_ci": list(sees_ci),
         "p_at_most_nominal": float(level),
         "p_at_most_nominal_ci": [float(level - half), float(level + half)],
         "nominal": FDR,
-        "within_nominal": bool(any_ci[0] <= FDR and level - half <= FDR),
+        "within_nominal": bool(any_ci[0] <= FDR and sees_ci[0] <= enrichment.ALPHA and level - half <= FDR),
         "paper_copies": mean(row["copies"]),
         "paper_memorized": mean(row["memorized"]),
     }
@@ -112,9 +121,20 @@ def power(n=1000, k=1000, unseen_patients=SIZES, rates=RATES, draws=60, seed=1):
             exact = calibrate.benjamini_hochberg(calibrate.conformal_p(scores, null, who), FDR)
             said, far = tail.extrapolated_test(scores, null, who, fdr=FDR, seed=draw)
             above = (scores[:copies] >= (calibrate.needed_score(null, who, k, FDR) or np.inf)).mean()
-            seen.append((*outcome(exact, copies), *outcome(far, copies), said["refused"] is not None, above))
+            planted = best(embeddings(rng, 0, noise, raw[rng.choice(n, PLANTED, replace=False)])[1], train)
+            low, high = bounds(scores, null, who, planted)
+            tests = said["refused"] is not None, above, low <= copies, high >= copies / k, low / copies, high
+            seen.append((*outcome(exact, copies), *outcome(far, copies), *tests))
         rows.append(power_row(m, several, kind, rate, k, np.array(seen)))
     return rows
+
+
+def bounds(scores, null, who, planted):
+    """(lower bound of the number of copies, upper bound of their rate), by the recall on planted copies."""
+    m, p = len(np.unique(who)), calibrate.conformal_p(scores, null, who)
+    seen = {j: int((planted >= calibrate.score_at(null, who, j / (m + 1))).sum()) for j in enrichment.ranks(m, FDR)}
+    found = enrichment.bounds(p, m, {j: calibrate.clopper_pearson(x, PLANTED)[0] for j, x in seen.items()})
+    return found["at_least"], found["at_most_rate"]
 
 
 def outcome(flags, copies):
@@ -124,8 +144,12 @@ def outcome(flags, copies):
 
 def power_row(m, several, kind, rate, k, seen):
     """Means over simulated audits; false_discoveries_ci: 95 %, Student's over audits. found_promised: `power_at`, with
-    the recall that a positive control would measure at the score that the fewest flaggable copies need."""
-    recall, wrong, found, tail_recall, tail_wrong, tail_found, refused, above = seen.mean(0)
+    the recall that a positive control would measure at the score that the fewest flaggable copies need. at_least_holds,
+    at_most_holds: share of audits whose bound holds; within_promised: exact intervals of these, and false discoveries'."""
+    recall, wrong, found, tail_recall, tail_wrong, tail_found, refused, above, low, high, share, rate_high = seen.mean(
+        0
+    )
+    holds = [calibrate.clopper_pearson(int(seen[:, i].sum()), len(seen)) for i in (8, 9)]
     half = stats.t.ppf(0.975, len(seen) - 1) * seen[:, [1, 4]].std(0, ddof=1) / len(seen) ** 0.5
     fewest = calibrate.fewest_flaggable(m, k, FDR)
     return {
@@ -138,7 +162,12 @@ def power_row(m, several, kind, rate, k, seen):
         "false_discoveries": wrong,
         "false_discoveries_ci": [max(wrong - half[0], 0.0), wrong + half[0]],
         "false_discoveries_promised": FDR,
-        "within_promised": bool(wrong - half[0] <= FDR),
+        "at_least_holds": low,
+        "at_least_of_copies": share,
+        "at_most_holds": high,
+        "at_most_rate": rate_high,
+        "bounds_promised": 1 - enrichment.ALPHA,
+        "within_promised": bool(wrong - half[0] <= FDR and min(top for _, top in holds) >= 1 - enrichment.ALPHA),
         "found": found,
         "found_promised": calibrate.power_at(rate, k, [(fewest, above)]),
         "tail_recall": tail_recall,
@@ -180,8 +209,8 @@ def main():
         "`python -m tests.benchmarks.statistics`. n training images, m unseen patients, k synthetic images.\n\n"
         f"## Nulls: nothing is memorized\n\n{outside[0]} of {len(result['nulls'])} rows lie above nominal by more than their "
         f"95 % interval allows.\n\n{table(result['nulls'])}\n\n## Power: planted copies among 1,000 synthetic images\n\n"
-        f"{outside[1]} of {len(result['power'])} rows have more false discoveries than promised by more than their 95 % "
-        f"interval allows. The columns `tail` are the extrapolation, not the test.\n\n{table(result['power'])}\n"
+        f"{outside[1]} of {len(result['power'])} rows have more false discoveries, or bounds that hold less often, than "
+        f"promised by more than their 95 % interval allows. The columns `tail` are the extrapolation, not the test.\n\n{table(result['power'])}\n"
     )
     (given.out / "statistics.md").write_text(text)
     print(text)
