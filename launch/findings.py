@@ -24,7 +24,7 @@ def write(name: str, study: studies.Study, runs: Sequence[studies.Run], workdir:
     checkpoint.write_text(workdir / "study.csv", table(rows))
     if not rows:
         return "no run is done yet"
-    levels, tests = summary(study, rows), tested(study, rows)
+    levels, tests = summary(study, rows), tested(study, sighted(study, rows))
     text = said(study, rows, levels, tests)
     if any(level.n for level in study.levels):
         text += [*by_size(rows), law(rows)]
@@ -59,7 +59,7 @@ def row_of(run: studies.Run, folder: Path, asked: Mapping[str, measures.Measure]
     """A run's row of `study.csv`; None unless it is done.
 
     `least`: the smallest copy rate that its audit would have found with 80 % probability, '' where there is none.
-    `blind`: see `measures.blind`.
+    `blind`, `doubtful`: see `measures`.
     """
     paths = folder / "audit" / "audit.json", folder / "quality.json"
     if not all(path.exists() for path in paths):
@@ -68,6 +68,7 @@ def row_of(run: studies.Run, folder: Path, asked: Mapping[str, measures.Measure]
     row = {"run": run.name, "level": run.level.name, "x": run.level.x, "seed": run.seed, "verdict": audit["verdict"]}
     row |= {key: audit[key] for key in COUNTS}
     row |= {"least": audit["power"]["min_detectable_copy_rate"], "blind": measures.blind(audit)}
+    row |= {"doubtful": measures.doubtful(audit)}
     for key, measure in asked.items():
         for end, value in zip(("", "_low", "_high"), measure.of(audit, quality, folder), strict=True):
             row[key + end] = round(float(value), 6)
@@ -115,6 +116,12 @@ def blocks(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array([[found[x] for x in places] for found in by_block.values() if len(found) == len(places)])
 
 
+def sighted(study: studies.Study, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What a trend is tested on: without the places at which an audit found nothing and could not have seen copies."""
+    blind = {row["x"] for row in rows if row["blind"] and not row["copies"]} if study.ordered else set()
+    return [row for row in rows if row["x"] not in blind]
+
+
 def tested(study: studies.Study, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each measure: p, the sign of the trend, the smallest p possible, and the last level less the first with its
     interval over blocks, images and patients (`ranks.mean_interval`); nothing where no block is whole or there is one level."""
@@ -141,24 +148,33 @@ def tested(study: studies.Study, rows: Sequence[Mapping[str, Any]]) -> dict[str,
 def said(study: studies.Study, rows: Sequence, levels: Sequence[Mapping], tests: Mapping[str, Mapping]) -> list[str]:
     """What the deciding measure supports, and how that compares with the paper: sentences, never more than the test."""
     test, measure = tests.get(study.deciding), measures.of(study)[study.deciding]
+    text, left = [], sighted(study, rows)
+    for x in sorted({row["x"] for row in rows} - {row["x"] for row in left}):
+        names = ", ".join(level["level"] for level in levels if level["x"] == x)
+        text.append(f"{names}: left out of the test, since {could_not_see(rows, [x])}.")
     if test is None or "p" not in test:
-        return ["Too few runs are done for a test: at least one seed at every level is needed."]
+        return [*text, "Too few runs are done for a test: at least one seed at every level is needed."]
     able = ""
     if test["least"] > SIGNIFICANT:
         able = f"; with so few runs, or so many ties, no p could be below {test['least']:.2g}"
     over = f"over {test['blocks']} repetition{'s' * (test['blocks'] > 1)}"
+    if (doubtful := sum(row["doubtful"] for row in rows)) > 0:
+        text.append(
+            f"In {doubtful} of the {len(rows)} audits the negative control is too high: unseen patients look like copies "
+            "more often than chance has it, so that what these find may be too much."
+        )
     if not study.ordered:
         order = ", ".join(f"{level['level']} {shown(level[study.deciding], measure.percent)}" for level in levels)
         verb = "differ" if test["p"] <= SIGNIFICANT else "are not shown to differ"
         how = f"(exact Friedman test {over}: p = {test['p']:.2g}{able})"
-        text = [f"Levels {verb} in the {measure.noun} {how}: {order}."]
+        text = [f"Levels {verb} in the {measure.noun} {how}: {order}.", *text]
         unseen = [(level["level"], could_not_see(rows, [level["x"]])) for level in levels]
         return text + [f"{name}: {why}; a difference from it is not shown." for name, why in unseen if why]
     how = f"(exact permutation test of Page's L {over}: p = {test['p']:.2g}{able})"
     direction = {1: "rises", -1: "falls", 0: "neither rises nor falls"}[test["sign"]]
     if test["p"] > SIGNIFICANT:
-        text = f"No trend of the {measure.noun} is shown {how}."
-        return [text, f"Dar et al. report that copies {rise(study.paper)}: not shown here."] if study.paper else [text]
+        text = [f"No trend of the {measure.noun} is shown {how}.", *text]
+        return [*text, f"Dar et al. report that copies {rise(study.paper)}: not shown here."] if study.paper else text
     steps = np.diff(test["means"]) * test["sign"]
     if (steps > 0).all():
         every = " from each level to the next"
@@ -169,16 +185,12 @@ def said(study: studies.Study, rows: Sequence, levels: Sequence[Mapping], tests:
     ends = [(100 if measure.percent else 1) * x for x in (test["change"], *test["change_ci"])]
     unit = " percentage points" if measure.percent else ""
     change = "{:+.1f}{} [{:+.1f}, {:+.1f}] over repetitions, images and patients".format(ends[0], unit, *ends[1:])
-    text = [
-        f"The mean {measure.noun} {direction}{every} {how}. From the first level to the last it changes by {change}."
-    ]
-    unseen = could_not_see(rows, [min(row["x"] for row in rows), max(row["x"] for row in rows)])
+    first, *_, last = sorted({row["x"]: row["level"] for row in left}.items())
+    between = f"From {first[1]} to {last[1]}" if not left[0]["group"] else "From the first to the last"
+    text = [f"The mean {measure.noun} {direction}{every} {how}. {between} it changes by {change}.", *text]
     if study.paper:
         here = "reproduced here" if study.paper == direction else "the opposite was found here"
-        here = f"not shown: {unseen}" if unseen else here
         text.append(f"Dar et al. report that copies {rise(study.paper)}: {here}.")
-    elif unseen:
-        text.append(f"Not shown: {unseen}.")
     return text
 
 

@@ -129,6 +129,11 @@ def blind(audit: dict) -> str:
         f"of planted copies fewer than {100 * audit['policy']['min_recall']:g} % are seen": power["recall"]
         < audit["policy"]["min_recall"],
         "synthetic and real images are rendered differently": audit["rendering"]["differs"],
-        "the negative control is too high": audit["negative_control"]["excess_p_value"] < DOUBT,
     }
     return "; ".join(name for name, is_so in why.items() if is_so)
+
+
+def doubtful(audit: dict) -> bool:
+    """Whether unseen patients look like copies more often than chance has it: what is found may be too much, not too
+    little."""
+    return audit["negative_control"]["excess_p_value"] < DOUBT
