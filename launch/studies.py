@@ -71,7 +71,7 @@ def along(steps: Sequence[int], n: int | None = None) -> list[Level]:
 STUDIES = {
     "augmentation": Study(
         "Does augmentation of the diffusion model's images keep it from copying?",
-        "augmentation (0: none, 1: the paper's flip and 5 degrees, 2: stronger)",
+        "augmentation of the diffusion model's images",
         [
             Level("none", {"augment.diffusion.flip": 0.0, "augment.diffusion.rotate": 0.0}, 0),
             Level("paper", {"augment.diffusion.flip": 0.5, "augment.diffusion.rotate": 5.0}, 1),
