@@ -20,6 +20,9 @@ from launch import log, mesh
 
 CANDIDATES = 16  # training images a pair score is measured on, for each version of the query
 COARSE = 256  # block averages that candidates are chosen by: coarse, so that a small shift moves them little
+REGISTERED = (
+    2**19
+)  # pixels of the pairs that are registered at once; in 3D more took 1.4 GB more, and 1.6 times as long
 MOST_PIXELS = 2**14  # of an image that is compared in pairs; larger ones are averaged in blocks
 
 
@@ -99,7 +102,6 @@ def registered(
     embed: Callable[[jax.Array], jax.Array],
     image_shape: tuple[int, ...],
     candidates: int,
-    batch: int = 512,
     bf16: bool = False,
 ) -> Space:
     """The space of the verdict: embeddings and spectra find candidates, and laying one image over the other decides.
@@ -131,7 +133,7 @@ def registered(
         if count > 1:
             picks.append(alike(query_QxD, train_NxD, shape, count // 2, bf16))
         pick_Qxc = np.concatenate(picks, 1)
-        return _best(overlaid(query_QxD, train_NxD, pick_Qxc, shape, batch), pick_Qxc)
+        return _best(overlaid(query_QxD, train_NxD, pick_Qxc, shape), pick_Qxc)
 
     note = (
         f"correlation after registration, of each image's {candidates} candidates, half by the trained copy detector and "
@@ -168,14 +170,13 @@ def _waves(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*(2 * m + 1 for m in most[:-1]), most[-1] + 1)
 
 
-def overlaid(
-    query_QxD: np.ndarray, train_NxD: np.ndarray, pick_Qxc: np.ndarray, shape: tuple[int, ...], batch: int = 512
-) -> np.ndarray:
+def overlaid(query_QxD: np.ndarray, train_NxD: np.ndarray, pick_Qxc: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Correlation (Q, c) with the training images picked, registered as they are or mirrored.
 
     Rows end in the flat look of an image, of `shape` (see `registration`); only those of a batch of pairs are read.
     """
     measure = functools.partial(_registered, shape=shape)
+    batch = max(REGISTERED // math.prod(shape), 1)
     with log.progress("registering", len(query_QxD), unit="image") as bar:
         done = lambda n: bar.update(n / pick_Qxc.shape[1])
         sim = _by_batch(measure, _Pairs(query_QxD, train_NxD, pick_Qxc), batch, done)

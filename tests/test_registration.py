@@ -63,11 +63,12 @@ def test_what_is_registered_is_small():
     assert registration.looks(np.ones((2, 512, 500, 3), np.float32)).shape == (2, 32, 31), "in proportion"
 
 
-def test_candidates_are_registered_and_mirrored_copies_found():
+def test_candidates_are_registered_and_mirrored_copies_found(monkeypatch):
+    monkeypatch.setattr(spaces, "REGISTERED", 48 * 32 * 32)  # several batches, the last of them not full
     train = people(3, 40, (64, 64))
     query = np.concatenate([moved(train[:6], 4), moved(train[6:12], 5)[:, :, ::-1]])
     embed = lambda x: views.pixels(x) + views.pixels(x[:, :, ::-1])  # sees a mirrored image as its original
-    space = spaces.registered(embed, (64, 64, 1), candidates=40, batch=48)
+    space = spaces.registered(embed, (64, 64, 1), candidates=40)
     rows_of = lambda space, x: space.keep(np.asarray(space.embed(x)))
     rows = rows_of(space, train)
     found = space.search(rows_of(space, query), rows)
