@@ -43,6 +43,8 @@ def factor(study: studies.Study, rows: Sequence[Mapping], levels: Sequence[Mappi
         for i, (key, group) in enumerate(lines):
             mine = [level for level in levels if level["group"] == group]
             at = np.array([level["x"] for level in mine], float)
+            aside = i - (len(lines) - 1) / 2  # so that intervals at one place do not lie on each other
+            at = at + 0.03 * aside if by_place else at * 1.02**aside
             mean, low, high = np.array([level[key] for level in mine]).T
             name = LABELS[key] if len(groups) == 1 else f"{group} training images"
             style = {"color": COLOURS[i % 5], "marker": MARKS[i % 5], "ls": "none" if not study.ordered else "-"}
