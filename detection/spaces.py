@@ -20,9 +20,7 @@ from launch import log, mesh
 
 CANDIDATES = 16  # training images a pair score is measured on, for each version of the query
 COARSE = 256  # block averages that candidates are chosen by: coarse, so that a small shift moves them little
-REGISTERED = (
-    2**19
-)  # pixels of the pairs that are registered at once; in 3D more took 1.4 GB more, and 1.6 times as long
+REGISTERED = 2**19  # pixels registered at once; ten times as many volumes took 1.6 times as long and 1.4 GB more
 MOST_PIXELS = 2**14  # of an image that is compared in pairs; larger ones are averaged in blocks
 
 

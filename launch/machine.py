@@ -68,9 +68,10 @@ def cores() -> int:
 def rows_a_device() -> int:
     """How many rows of a batch make it worth while to have a CPU device of its own for them.
 
-    Several devices sum their gradients and each takes the whole optimiser step. On two cores the UNet's training step
-    took 1.25 to 1.45 times as long as one device under jax 0.10, at every batch; under jax 0.12, whose kernels use
-    several cores better, 0.8 times as long with a batch of 16, and as long with 64.
+    Several devices sum their gradients, and each takes the whole optimiser step. Under jax 0.10 a training step of the
+    UNet takes 1.25 to 1.45 times as long where two cores are one device, whatever the batch. Kernels of jax 0.12 use
+    several cores better: there one device takes 0.8 to 0.95 of two devices' time with a batch of 16, and 1.0 to 1.15
+    with one of 64 (one device is the faster or slower from one start to the next).
     """
     return 1 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) else 32
 
