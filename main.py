@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     trained = [config.train[name] for name in (*ldm.stages(config.generator), "detector")]
     parts = [s.batch // s.get("accumulate", 1) for s in trained]
-    machine.start([*parts, config.sample.batch, config.audit.batch, config.quality.batch])
+    batches = [*parts, config.sample.batch, config.audit.batch, config.quality.batch]
+    machine.start(batches, math.prod(config.data.size))
     if config.dry_run:
         return dry_run(config)
     with jax.set_mesh(mesh.make(**config.mesh.to_dict())):

@@ -26,11 +26,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FACSIMILE_CACHE") or Path(base) / "facsimile")
 
 
-def start(batches: Sequence[int] = ()) -> None:
+def start(batches: Sequence[int] = (), pixels: int = 1) -> None:
     """Connects the processes, where there are several, turns on JAX's persistent compilation cache, heeds signals to stop.
 
-    Cores of a CPU are devices of their own where that is faster; see `cpu_devices`. A number of CPU devices that the user
-    asked for stands.
+    Cores of a CPU are devices of their own where that is faster for these `batches` of images of so many `pixels`; see
+    `cpu_devices`. A number of CPU devices that the user asked for stands.
 
     Several processes find each other by themselves where `launcher` says so; elsewhere set JAX_COORDINATOR_ADDRESS
     (host:port of process 0), FACSIMILE_PROCESSES and FACSIMILE_PROCESS. With FACSIMILE_METADATA, a cloud machine's
@@ -44,7 +44,7 @@ def start(batches: Sequence[int] = ()) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     asked = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not asked:
-        jax.config.update("jax_num_cpu_devices", cpu_devices(cores(), batches, rows_a_device()))
+        jax.config.update("jax_num_cpu_devices", cpu_devices(cores(), batches, pixels, worth_a_device()))
     connect(launcher(os.environ, _has_tpu()))
     refuse_a_cpu_for_a_gpu(os.environ, jax.default_backend())
     preempt.listen(os.environ.get("FACSIMILE_METADATA"))
@@ -65,20 +65,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def rows_a_device() -> int:
-    """How many rows of a batch make it worth while to have a CPU device of its own for them.
+def worth_a_device() -> int:
+    """How many pixels or voxels of a batch make it worth while to have a CPU device of its own for them.
 
     Several devices sum their gradients, and each takes the whole optimiser step. Under jax 0.10 a training step of the
     UNet takes 1.25 to 1.45 times as long where two cores are one device, whatever the batch. Kernels of jax 0.12 use
-    several cores better: there one device takes 0.8 to 0.95 of two devices' time with a batch of 16, and 1.0 to 1.15
-    with one of 64 (one device is the faster or slower from one start to the next).
+    several cores better: there one device takes 0.8 to 0.95 of two devices' time with a batch of 16 images of 64x64, but
+    1.0 to 1.15 with one of 64, or of four volumes of 64x64x64.
     """
-    return 1 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) else 32
+    return 1 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) else 2**17
 
 
-def cpu_devices(most: int, batches: Sequence[int], rows: int) -> int:
-    """The largest power of two that is at most `most` and 8 and splits every batch evenly, at least `rows` a device."""
-    fits = lambda n: n <= most and all(batch % n == 0 and batch // n >= rows for batch in batches)
+def cpu_devices(most: int, batches: Sequence[int], pixels: int, worth: int) -> int:
+    """The largest power of two that is at most `most` and 8 and splits every batch evenly, so that each device has at
+    least `worth` pixels of it."""
+    fits = lambda n: n <= most and all(batch % n == 0 and batch // n * pixels >= worth for batch in batches)
     return max(n for n in (1, 2, 4, 8) if n == 1 or fits(n))
 
 

@@ -83,10 +83,11 @@ def test_gpus_that_were_asked_for_and_are_not_there_are_told(env, backend, refus
 
 
 def test_cores_are_devices_as_far_as_the_batches_divide():
-    assert machine.cpu_devices(2, [16, 32, 64], rows=1) == 2
-    assert machine.cpu_devices(64, [16, 32, 64], rows=1) == 8
-    assert machine.cpu_devices(64, [16, 12], rows=1) == 4
-    assert machine.cpu_devices(3, [], rows=32) == 2
-    assert machine.cpu_devices(8, [15], rows=1) == machine.cpu_devices(1, [16], rows=1) == 1
-    assert machine.cpu_devices(8, [64, 128], rows=32) == 2
-    assert machine.cpu_devices(8, [16, 128], rows=32) == 1
+    devices = lambda most, batches, pixels=1, worth=1: machine.cpu_devices(most, batches, pixels, worth)
+    assert devices(2, [16, 32, 64]) == 2
+    assert devices(64, [16, 32, 64]) == 8
+    assert devices(64, [16, 12]) == 4
+    assert devices(3, [], worth=2**17) == 2
+    assert devices(8, [15]) == devices(1, [16]) == 1
+    assert devices(8, [64, 128], 64**2, 2**17) == devices(2, [4], 64**3, 2**17) == 2
+    assert devices(8, [16, 128], 64**2, 2**17) == 1
