@@ -42,15 +42,15 @@ def factor(study: studies.Study, rows: Sequence[Mapping], levels: Sequence[Mappi
         lines = [(key, group) for key in keys for group in groups if len(groups) == 1 or key == keys[0]]
         for i, (key, group) in enumerate(lines):
             mine = [level for level in levels if level["group"] == group]
-            at = np.array([level["x"] for level in mine], float)
             aside = i - (len(lines) - 1) / 2  # so that intervals at one place do not lie on each other
-            at = at + 0.03 * aside if by_place else at * 1.02**aside
+            beside = lambda x, aside=aside: x + 0.03 * aside if by_place else x * 1.02**aside
+            at = beside(np.array([level["x"] for level in mine], float))
             mean, low, high = np.array([level[key] for level in mine]).T
             name = LABELS[key] if len(groups) == 1 else f"{group} training images"
             style = {"color": COLOURS[i % 5], "marker": MARKS[i % 5], "ls": "none" if not study.ordered else "-"}
             style |= {"ls": "--"} if "floor" in key else {}
             axes.errorbar(at, mean, [mean - low, high - mean], label=name, capsize=3, ms=4, lw=1.2, **style)
-            dots = [(row["x"], row[key]) for row in rows if row["group"] == group]
+            dots = [(beside(row["x"]), row[key]) for row in rows if row["group"] == group]
             axes.plot(*zip(*dots, strict=True), ".", color=COLOURS[i % 5], alpha=0.35, ms=4)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(study.factor, fontsize=9)

@@ -209,7 +209,8 @@ def could_not_see(rows: Sequence[Mapping], places: Sequence[float]) -> str:
     some = (
         f"{len(blind)} of the {len(nothing)} audits that found nothing" if len(blind) < len(nothing) else "these audits"
     )
-    return f"{some} could not have seen copies ({', '.join(sorted(set(blind)))})"
+    why = sorted({reason for reasons in blind for reason in reasons.split("; ")})
+    return f"{some} could not have seen copies ({', '.join(why)})"
 
 
 def by_size(rows: Sequence[Mapping[str, Any]]) -> list[str]:

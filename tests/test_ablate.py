@@ -176,6 +176,12 @@ def test_why_an_audit_was_blind():
     assert measures.doubtful(audit) and not measures.doubtful({**audit, "negative_control": {"excess_p_value": 0.02}})
 
 
+def test_each_reason_is_said_once():
+    rows = [{"x": 0, "copies": 0.0, "blind": reasons} for reasons in ("few", "few; rendered differently", "")]
+    said = "2 of the 3 audits that found nothing could not have seen copies (few, rendered differently)"
+    assert findings.could_not_see(rows, [0]) == said and not findings.could_not_see(rows, [1])
+
+
 def test_levels_without_an_order_name_those_that_could_not_be_seen():
     study = studies.named("generator")
     rows = [

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.default import get_config
 from data import augment
 from detection import detector
 from launch import layers, loop, machine, mesh
@@ -147,8 +146,8 @@ def embed(case: dict) -> tuple[dict, Callable]:
 
 
 def augmented(case: dict) -> tuple[dict, Callable]:
-    """One distorted view of each image of a batch, by what the default detector learns from."""
-    distort = jax.jit(functools.partial(augment.augment, **get_config().detector.augment.to_dict()))
+    """One distorted view of each image of a batch, by the case's distortions."""
+    distort = jax.jit(functools.partial(augment.augment, **case["distortions"]))
     x = mesh.put(np.random.default_rng(0).uniform(-1, 1, (case["batch"], *case["size"], case["channels"])).astype("f4"))
     return {"devices": mesh.size()}, lambda: jax.block_until_ready(distort(jax.random.key(0), x))
 

@@ -4,28 +4,15 @@ Ours distorts whole batches on the device; MONAI's transforms take an image at a
 (`_sides`). Distributions are alike, not the same: MONAI draws rotation, shift and size together.
 """
 
-import numpy as np
-
 from configs.default import get_config
-from tests.benchmarks import _sides
+from tests.benchmarks import inference
 
+DISTORTED = {"task": "augment", "channels": 1, "distortions": get_config().detector.augment.to_dict()}
 CASES = {
-    "2D 64x64": {"size": (64, 64), "channels": 1, "batch": 64},
-    "3D 32x40x32": {"size": (32, 40, 32), "channels": 1, "batch": 8},
+    "2D 64x64": ({**DISTORTED, "size": (64, 64), "batch": 64}, ("monai",)),
+    "3D 32x40x32": ({**DISTORTED, "size": (32, 40, 32), "batch": 8}, ("monai",)),
 }
 
 
 def measure() -> dict:
-    found, distortions = {}, get_config().detector.augment.to_dict()
-    for name, case in CASES.items():
-        case = {**case, "task": "augment"}
-        sides = {"ours": _sides.Side("_ours", case)}
-        with _sides.together(sides):
-            if _sides.have_peers("monai"):
-                sides["monai"] = _sides.Side(
-                    "_peers", {**case, "peer": "monai", "distortions": distortions}, _sides.PEERS
-                )
-            times = _sides.in_turns(sides, seconds=0.5)
-        rate = case["batch"] / float(np.median(times["ours"]))
-        found[name] = {"images_per_s": round(rate, 1), **_sides.compared(times)}
-    return found
+    return inference.of_cases(CASES)

@@ -21,6 +21,7 @@ import main
 from data import copies
 from detection import calibrate, controls, embeddings, enrichment, views
 from launch import machine, mesh
+from tests.benchmarks import statistics
 
 DRAWS = 400
 RATES = (0.01, 0.02, 0.05, 0.1, 0.5)
@@ -70,10 +71,7 @@ def nulls(unseen, patients, fdr):
                 any_.append(calibrate.benjamini_hochberg(p, fdr).any())
                 level.append((p <= fdr).mean())
                 n_null = len(np.unique(patients[null]))
-                lines = enrichment.ranks(n_null, fdr)
-                sees.append(
-                    enrichment.set_test([enrichment.above(p, j, n_null) for j in lines], lines, len(p), n_null)[1] > 0
-                )
+                sees.append(statistics.sees(p, n_null, fdr))
             rows.append(
                 {
                     "images": "one a patient" if one_each else "all",
@@ -92,11 +90,6 @@ def nulls(unseen, patients, fdr):
     return rows
 
 
-def lower_recall(sim_Q, score):
-    """Lower limit of the recall of copies of one kind at this score, as the bounds take it."""
-    return calibrate.clopper_pearson(int((sim_Q >= score).sum()), len(sim_Q))[0]
-
-
 def power(unseen, patients, planted, fdr):
     """Copies of one kind among unseen patients: recall and false-discovery proportion, measured and promised."""
     rows = []
@@ -113,16 +106,12 @@ def power(unseen, patients, planted, fdr):
                 recall.append(flagged[: len(pick)].mean())
                 wrong.append(flagged[len(pick) :].sum() / max(flagged.sum(), 1))
                 found.append(flagged.any())
-                n_null = len(np.unique(patients[null]))
-                lows = {
-                    j: lower_recall(copy.sim_Q, calibrate.score_at(unseen[null], patients[null], j / (n_null + 1)))
-                    for j in enrichment.ranks(n_null, fdr)
-                }
-                said = enrichment.bounds(p, n_null, lows)
+                said = statistics.bounds(p, unseen[null], patients[null], copy.sim_Q, fdr)
                 holds.append(
                     (said["at_least"] <= len(pick), said["at_most_rate"] >= len(pick) / len(p), said["at_least"] > 0)
                 )
             k = len(pick) + len(rest)
+            n_null = len(np.unique(patients[null]))
             above = float((copy.sim_Q > unseen.max()).mean())
             rows.append(
                 {

@@ -66,9 +66,7 @@ def nulls(sizes=SIZES, draws=100, paper_draws=10, seed=0):
                 row = seen.setdefault(
                     (m, k), {"any": [], "share": [], "level": [], "sees": [], "copies": [], "memorized": []}
                 )
-                lines = enrichment.ranks(m, FDR)
-                counts = [enrichment.above(p, j, m) for j in lines]
-                row["sees"].append(enrichment.set_test(counts, lines, k, m)[1] > 0)
+                row["sees"].append(sees(p, m, FDR))
                 row["any"].append(flags.any())
                 row["share"].append(flags.mean())
                 row["level"].append((p <= FDR).mean())
@@ -118,23 +116,30 @@ def power(n=1000, k=1000, unseen_patients=SIZES, rates=RATES, draws=60, seed=1):
             copies = max(rng.binomial(k, rate), 1)
             _, copied = embeddings(rng, 0, noise, raw[rng.integers(0, n, copies)])
             scores = best(np.concatenate([copied, embeddings(rng, k - copies)[1]]), train)
-            exact = calibrate.benjamini_hochberg(calibrate.conformal_p(scores, null, who), FDR)
+            p = calibrate.conformal_p(scores, null, who)
+            exact = calibrate.benjamini_hochberg(p, FDR)
             said, far = tail.extrapolated_test(scores, null, who, fdr=FDR, seed=draw)
             above = (scores[:copies] >= (calibrate.needed_score(null, who, k, FDR) or np.inf)).mean()
             planted = best(embeddings(rng, 0, noise, raw[rng.choice(n, PLANTED, replace=False)])[1], train)
-            low, high = bounds(scores, null, who, planted)
+            found = bounds(p, null, who, planted, FDR)
+            low, high = found["at_least"], found["at_most_rate"]
             tests = said["refused"] is not None, above, low <= copies, high >= copies / k, low / copies, high
             seen.append((*outcome(exact, copies), *outcome(far, copies), *tests))
         rows.append(power_row(m, several, kind, rate, k, np.array(seen)))
     return rows
 
 
-def bounds(scores, null, who, planted):
-    """(lower bound of the number of copies, upper bound of their rate), by the recall on planted copies."""
-    m, p = len(np.unique(who)), calibrate.conformal_p(scores, null, who)
-    seen = {j: int((planted >= calibrate.score_at(null, who, j / (m + 1))).sum()) for j in enrichment.ranks(m, FDR)}
-    found = enrichment.bounds(p, m, {j: calibrate.clopper_pearson(x, PLANTED)[0] for j, x in seen.items()})
-    return found["at_least"], found["at_most_rate"]
+def sees(p, m, fdr):
+    """Whether the lower bound of the number of copies is above 0, against m unseen patients."""
+    lines = enrichment.ranks(m, fdr)
+    return enrichment.set_test([enrichment.above(p, j, m) for j in lines], lines, len(p), m)[1] > 0
+
+
+def bounds(p, null, who, planted, fdr):
+    """`enrichment.bounds`, by the recall on copies of one kind, whose scores are `planted`."""
+    m = len(np.unique(who))
+    seen = {j: int((planted >= calibrate.score_at(null, who, j / (m + 1))).sum()) for j in enrichment.ranks(m, fdr)}
+    return enrichment.bounds(p, m, {j: calibrate.clopper_pearson(n, len(planted))[0] for j, n in seen.items()})
 
 
 def outcome(flags, copies):
