@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from launch.layers import Conv, Dense, GroupNorm
+from launch.layers import Conv, Dense, GroupNorm, once
 
 
 class ResBlock(nn.Module):
@@ -30,7 +30,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, zero=True, dtype=self.dtype)(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype)(x)
-        return x + h
+        return once(x + h)
 
 
 class Attention(nn.Module):
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * channels, dtype=self.dtype)(GroupNorm()(x))
         q, k, v = (a.reshape(batch, -1, self.heads, channels // self.heads) for a in jnp.split(qkv, 3, axis=-1))
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        return x + Dense(channels, zero=True, dtype=self.dtype)(h)
+        return once(x + Dense(channels, zero=True, dtype=self.dtype)(h))
 
 
 def recomputed(block: type[nn.Module], remat: bool, static: tuple[int, ...] = ()) -> type[nn.Module]:
