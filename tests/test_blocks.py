@@ -160,3 +160,24 @@ def test_unet(shape):
     for skip in (h1, h0):
         h = res(np.concatenate([h, skip], -1))
     np.testing.assert_allclose(y, conv(silu(norm(h, p["GroupNorm_0"], 8)), p["Conv_3"], "zero"), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [blocks.ResBlock(8), blocks.Attention(2)])
+def test_gradients_are_those_of_the_plain_program(shape, block):
+    """What is done for a CPU's sake changes no gradient: neither of parameters, nor of gradients themselves."""
+    x = batch(shape)
+    params = layers.init(lambda key: block.init(key, x), jax.random.key(0))
+    params = jax.tree.map(
+        lambda p: p + 0.1 * np.random.default_rng(p.size).standard_normal(p.shape).astype("f"), params
+    )
+    loss = lambda params, x: (block.apply(params, x) ** 3).mean()
+    penalty = lambda params, x: (jax.grad(loss, argnums=1)(params, x) ** 2).sum()
+    found = [jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, x) for fn in (loss, penalty)]
+    with layers.lowered_for("accelerator"):
+        plain = [
+            jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))(params, x)
+            for fn in (lambda *a: loss(*a), lambda *a: penalty(*a))
+        ]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * float(jnp.abs(b).max()))
