@@ -27,6 +27,11 @@ def settle() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def old_kernels() -> bool:
+    """Whether jaxlib is 0.10 or 0.11, whose kernels for a CPU are older than those of 0.12."""
+    return importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11."))
+
+
 def xla_flags(env: dict[str, str], jaxlib: str) -> str | None:
     """XLA_FLAGS with jaxlib 0.12's convolutions by Eigen, whose kernel gradients take 0.6 of the time; None: leave them.
 

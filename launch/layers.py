@@ -12,10 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
-from launch import mesh
+from launch import early, mesh
 
 _INITIALISERS = {
     "kernel": nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
@@ -25,7 +24,7 @@ _INITIALISERS = {
 }
 
 # Channels from which a 2D convolution is made by pairs of rows, which is what is measured to be faster.
-PAIRED_FROM = 96 if jaxlib.__version__.startswith(("0.10.", "0.11.")) else 64
+PAIRED_FROM = 96 if early.old_kernels() else 64
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -161,14 +160,13 @@ def _conv_by_pairs(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pa
     Winograd's F(2, 3) along the first axis (Lavin and Gray 2016, 'Fast algorithms for convolutional neural networks',
     section 4.1). In fp32 the result differs by about 1e-6 of its largest value, as sums in another order do.
     """
-    barrier = jax.lax.optimization_barrier
     padded = _padded(x, padding[0])
     even, odd = jnp.moveaxis(padded.reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
     d = [a.reshape(-1, *a.shape[2:]) for a in (even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:])]
     ends, middle = 0.5 * (kernel[0] + kernel[2]), 0.5 * kernel[1]
-    planes = barrier((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]))
-    kernels = barrier((kernel[0], ends + middle, ends - middle, kernel[2]))
-    m = barrier([_conv(a, k, strides[1:], padding[1:]) for a, k in zip(planes, kernels, strict=True)])
+    planes = once((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]))
+    kernels = once((kernel[0], ends + middle, ends - middle, kernel[2]))
+    m = once([_conv(a, k, strides[1:], padding[1:]) for a, k in zip(planes, kernels, strict=True)])
     y = jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], axis=1)
     return y.reshape(x.shape[0], -1, *y.shape[2:])
 

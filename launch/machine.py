@@ -1,6 +1,5 @@
 """Start of a process: processes find each other, compilations are kept, and errors a user can mend are one line."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-from launch import preempt
+from launch import early, preempt
 from launch.log import ROOT
 
 OURS = ("main.py", "configs", "data", "detection", "launch", "ldm")
@@ -73,7 +72,7 @@ def worth_a_device() -> int:
     several cores better: there one device of two cores takes 0.79 to 0.97 of two devices' time, with 16 or 64 images of
     64x64 as with four volumes of 64x64x64. Larger batches, and more cores, are not measured.
     """
-    return 1 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) else 2**21
+    return 1 if early.old_kernels() else 2**21
 
 
 def cpu_devices(most: int, batches: Sequence[int], pixels: int, worth: int) -> int:
