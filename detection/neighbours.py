@@ -24,6 +24,7 @@ from detection import tiles
 from launch import mesh, stage
 
 _SPARE = 3  # tiles kept beyond k, so that near ties seldom need the search in float64
+_PAIRS = 1 << 13  # of a query and a tile, looked into at once
 _LONG = 1 << 43  # multiplications of a search that keeps what is done; some two minutes of two cores
 
 
@@ -181,15 +182,13 @@ def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
     row, slot = np.nonzero((tile_Nxc >= 0) & (peak_Nxc >= (floor_N - error_N)[:, None]))
     tile = tile_Nxc[row, slot]
     order = np.argsort(tile, kind="stable")
-    row, tile = row[order], tile[order]
-    edges = np.flatnonzero(np.diff(tile, prepend=-1, append=-1))
     rows, pairs = [], []
-    for low, high in itertools.pairwise(edges):
-        first, asked = int(tile[low]) * tiles.TILE, row[low:high]
-        sim = _few_dots(query_NxD[asked], key_MxD[first : first + tiles.TILE])
-        hit, column = np.nonzero(sim >= floor_N[asked, None])
+    for part in (order[i : i + _PAIRS] for i in range(0, len(order), _PAIRS)):
+        asked, first = row[part], tile[part] * tiles.TILE
+        sim_PxT = _tile_dots(query_NxD[asked], key_MxD, first)
+        hit, column = np.nonzero(sim_PxT >= floor_N[asked, None])
         rows.append(asked[hit])
-        pairs.append(_pack(sim[hit, column], first + column))
+        pairs.append(_pack(sim_PxT[hit, column], first[hit] + column))
     rows, pairs = np.concatenate(rows), np.concatenate(pairs)
     order = np.lexsort((~pairs, rows))
     start_N = np.searchsorted(rows[order], np.arange(n))
@@ -224,10 +223,23 @@ def _dots(query_NxD, key_MxD) -> np.ndarray:
     return (np.asarray(query_NxD, np.float64) @ np.asarray(key_MxD, np.float64).T).astype(np.float32)
 
 
-def _few_dots(query_NxD, key_MxD) -> np.ndarray:
-    """`_dots` in parts so small that OpenBLAS stays in this thread: its idle threads spin and slow the device's step."""
-    rows = max(16, (1 << 18) // key_MxD.size)
-    return np.concatenate([_dots(query_NxD[i : i + rows], key_MxD) for i in range(0, len(query_NxD), rows)])
+def _tile_dots(query_PxD, key_MxD, first_P) -> np.ndarray:
+    """`_dots` of each query with the tile of keys that starts at its `first_P`, ascending: (P, TILE), -inf after the last.
+
+    In parts so small that OpenBLAS stays in this thread: its idle threads spin and slow the device's step.
+    """
+    query_PxD, d = query_PxD.astype(np.float64), query_PxD.shape[1]
+    sim_PxT = np.full((len(query_PxD), tiles.TILE), -np.inf)
+    rows = max(16, (1 << 18) // (tiles.TILE * d))
+    edges = np.flatnonzero(np.diff(first_P, prepend=-1, append=-1)).tolist()
+    for low, high in itertools.pairwise(edges):
+        first = int(first_P[low])
+        key_DxT = np.asarray(key_MxD[first : first + tiles.TILE], np.float64).T
+        for i in range(low, high, rows):
+            np.matmul(
+                query_PxD[i : min(i + rows, high)], key_DxT, out=sim_PxT[i : min(i + rows, high), : key_DxT.shape[1]]
+            )
+    return sim_PxT.astype(np.float32)
 
 
 def _pack(sim, index) -> np.ndarray:

@@ -188,7 +188,7 @@ def fit(
     abstract = jax.eval_shape(make, key)
     shardings = mesh.shardings(abstract)
     init_key, step_key, prepare_key, eval_key = jax.random.split(key, 4)
-    with checkpoint.manager(folder / "checkpoints") as checkpoints, preempt.noting() as told:
+    with preempt.noting() as told, checkpoint.manager(folder / "checkpoints") as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
             state = checkpoint.restore(checkpoints, abstract)

@@ -77,6 +77,15 @@ def test_the_order_of_rows_does_not_matter(seed, k):
     np.testing.assert_array_equal(turn_k[turned_index], index[turn_q])
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([0, 1, 30]))
+def test_the_largest_of_few_are_top_ks(seed, c, more):
+    """Equal ones and places without a value included, of which none may come twice."""
+    x = np.random.default_rng(seed).choice([-np.inf, -1.0, 0.0, 1.0], (6, c + more)).astype(np.float32)
+    for got, want in zip(tiles._largest(x, c), jax.lax.top_k(x, c), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_equal_keys_go_to_the_smaller_index_whatever_the_block():
     query, key = rows(0, 20, 16), np.tile(rows(1, 30, 16), (40, 1))
     for block in (None, (7, 64), (20, 128), (3, 1000)):

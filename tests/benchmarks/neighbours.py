@@ -10,6 +10,12 @@ import json
 import resource
 import subprocess
 import sys
+
+if __name__ == "__main__" and "faiss" not in sys.argv[1]:
+    from launch import early
+
+    early.settle()
+
 from collections.abc import Callable
 
 import numpy as np
