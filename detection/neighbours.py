@@ -5,7 +5,8 @@ the largest product of every tile of 64 consecutive keys, and of those maxima th
 query lie in the k tiles with the largest maxima, so only these are looked into again, on the host and in float64.
 Every similarity that is returned is a float64 dot product rounded to float32, and every choice is checked against a
 bound of the error of the float32 products; the rare query that fails the check (more equal keys than tiles kept) is
-searched again in float64 (with bfloat16 products, whose bound is wider: in float32). The result is therefore the same for every block size, number of devices and precision.
+searched again in float64 (with bfloat16 products, whose bound is wider: in float32). The result is therefore the same
+for every block size, number of devices and precision.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from detection import tiles
 from launch import mesh, stage
 
 _SPARE = 3  # tiles kept beyond k, so that near ties seldom need the search in float64
-_PAIRS = 1 << 13  # of a query and a tile, looked into at once
+_LOOK = 1 << 20  # numbers of queries that are looked into at once
 _LONG = 1 << 43  # multiplications of a search that keeps what is done; some two minutes of two cores
 
 
@@ -182,8 +183,9 @@ def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
     row, slot = np.nonzero((tile_Nxc >= 0) & (peak_Nxc >= (floor_N - error_N)[:, None]))
     tile = tile_Nxc[row, slot]
     order = np.argsort(tile, kind="stable")
-    rows, pairs = [], []
-    for part in (order[i : i + _PAIRS] for i in range(0, len(order), _PAIRS)):
+    rows, pairs, most = [], [], max(1, _LOOK // query_NxD.shape[1])
+    for start in range(0, max(1, len(order)), most):  # once for none: of few queries, a process may have no share
+        part = order[start : start + most]
         asked, first = row[part], tile[part] * tiles.TILE
         sim_PxT = _tile_dots(query_NxD[asked], key_MxD, first)
         hit, column = np.nonzero(sim_PxT >= floor_N[asked, None])
@@ -236,9 +238,8 @@ def _tile_dots(query_PxD, key_MxD, first_P) -> np.ndarray:
         first = int(first_P[low])
         key_DxT = np.asarray(key_MxD[first : first + tiles.TILE], np.float64).T
         for i in range(low, high, rows):
-            np.matmul(
-                query_PxD[i : min(i + rows, high)], key_DxT, out=sim_PxT[i : min(i + rows, high), : key_DxT.shape[1]]
-            )
+            part = slice(i, min(i + rows, high))
+            np.matmul(query_PxD[part], key_DxT, out=sim_PxT[part, : key_DxT.shape[1]])
     return sim_PxT.astype(np.float32)
 
 

@@ -251,6 +251,8 @@ for fsdp in (1, 2, 4):
         for bf16 in (False, True):
             found = neighbours.nearest(query, key, k=12, block=(8, 64), bf16=bf16)
             assert (found.index == np.argsort(-sim, 1, kind="stable")[:, :12]).all(), (fsdp, bf16)
+        alone = neighbours.nearest(query[:1], key, k=12)  # a query of which the second process has no share
+        assert (alone.index == np.argsort(-sim[:1], 1, kind="stable")[:, :12]).all()
         assert (neighbours.count_above(query, key, 0.5) == (sim > 0.5).sum(1)).all()
 print("agrees")
 """
