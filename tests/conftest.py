@@ -56,3 +56,12 @@ def real_data():
     if not REAL.is_dir():
         pytest.skip(f"no real images at {REAL}; set FACSIMILE_DATA")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One cache for the data and the compilations of all runs of `main.py`, also of other workers' tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -378,7 +378,7 @@ def at_work(process: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_real_study_shares_its_stages(tmp_path):
+def test_a_real_study_shares_its_stages(tmp_path, cache):
     """Two widths of the tiny brain configuration: one autoencoder and one detector, trained once."""
     script = (
         "import sys; from launch import ablate, studies\n"
@@ -389,7 +389,7 @@ def test_a_real_study_shares_its_stages(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, *flags("width", tmp_path, "--seeds=1")],
         cwd=ROOT,
-        env={**os.environ, "FACSIMILE_CACHE": str(tmp_path / "cache"), "FACSIMILE_QUIET": "1"},
+        env={**os.environ, "FACSIMILE_CACHE": str(cache), "FACSIMILE_QUIET": "1"},
         capture_output=True,
         text=True,
     )

@@ -156,7 +156,7 @@ def test_the_kl_weight_is_monais_at_its_own_size():
 
 
 @pytest.mark.slow
-def test_the_whole_path_in_3d(real_data, tmp_path):
+def test_the_whole_path_in_3d(real_data, tmp_path, cache):
     """Real volumes from files to an audit, with next to no training."""
     steps = [f"--config.train.{part}.steps=2" for part in ("autoencoder", "diffusion", "detector")]
     done = subprocess.run(
@@ -164,7 +164,7 @@ def test_the_whole_path_in_3d(real_data, tmp_path):
         + [f"--config.data.path={real_data / 'msd_hippocampus'}", "--mode=train,sample,audit", *steps]
         + ["--config.sample.n=8", "--config.sample.steps=2", "--config.audit.planted=4", "--config.audit.batch=4"],
         cwd=ROOT,
-        env={**os.environ, "FACSIMILE_CACHE": str(tmp_path / "cache"), "FACSIMILE_QUIET": "1"},
+        env={**os.environ, "FACSIMILE_CACHE": str(cache), "FACSIMILE_QUIET": "1"},
         capture_output=True,
         text=True,
     )

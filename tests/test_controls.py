@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 
 from ldm import controls, diffusion, samplers
-from tests.test_main import cache, run  # noqa: F401
+from tests.test_main import run
 
 SMALL = "--config=configs/brain.py:small"
 
@@ -52,7 +52,7 @@ def test_unknown_control():
 
 
 @pytest.mark.slow
-def test_audits_of_the_controls_end_in_what_is_known_of_them(tmp_path, cache):  # noqa: F811
+def test_audits_of_the_controls_end_in_what_is_known_of_them(tmp_path, cache):
     """Through the entrypoint, one autoencoder and detector for both: all that the optimal denoiser draws is a copy; of
     unseen patients none is, and as many p-values are small as their level says."""
     overrides = ["--config.train.diffusion.steps=1", "--config.quality.enabled=False", "--config.sample.n=16"]

@@ -19,7 +19,7 @@ from launch import layers, loop, mesh
 from ldm import autoencoder, diffusion, gan, generator, reconstruction
 from tests.conftest import ROOT
 from tests.test_loop import Killed, _Compiles, assert_same
-from tests.test_main import cache, run  # noqa: F401
+from tests.test_main import run
 
 CODER = dict(widths=(8, 16), strides=(2,), patch=2, latent=4, blocks=1, attention=False)
 AIMS = dict(error="l1", kl_weight=1e-3, calibrated=False, commitment=0.25, perceptual=0.3, adversarial=0.0)
@@ -288,7 +288,7 @@ def test_recomputing_activations_changes_nothing_but_memory(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vae", "gan"])
-def test_the_whole_path(tmp_path, cache, kind):  # noqa: F811
+def test_the_whole_path(tmp_path, cache, kind):
     done = run(tmp_path, "--mode=train,sample,audit", f"--config.generator={kind}", cache=cache)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
