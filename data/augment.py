@@ -114,6 +114,7 @@ def augment(
             # From output to input: mirror, then undo the size, the turn and the move. With nothing drawn every
             # number in it is exactly 0 or +-1, the weights of the interpolation are 0 or 1, and no bit changes.
             image = _resample(image, _rotation(degrees) * (sign / factor), -moves * jnp.array(image.shape[:-1]), border)
+            image = jax.lax.optimization_barrier(image)  # or what follows decides how this is rounded
         elif flip:
             image = jnp.where(mirror, jnp.flip(image, axis), image)
         if gamma and gamma_p:
