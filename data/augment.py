@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.fft
+import scipy
 from jax import Array
 
 _KINDS = ("flip", "rotate", "shift", "scale", "gamma", "bias", "blur", "noise")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.sparse
+import scipy
 
 FITS = ("pad", "crop", "stretch", "exact")
 
@@ -117,7 +117,7 @@ def _margin(old: int, span: float) -> float:
     return (old - span) // 2 if span <= old else -((span - old) // 2)
 
 
-def _triangle(old: int, span: float, start: float, new: int) -> scipy.sparse.csr_array:
+def _triangle(old: int, span: float, start: float, new: int) -> "scipy.sparse.csr_array":
     """Weights (new, old) of the filter; rows sum to 1, less what lies outside the image."""
     width = max(span / new, 1.0)
     centres = start + (np.arange(new) + 0.5) * span / new - 0.5

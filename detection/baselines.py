@@ -9,8 +9,7 @@ by part, so they may be memory maps.
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from scipy.cluster import vq
+import scipy
 
 from detection import calibrate, controls, euclidean, neighbours
 
@@ -118,7 +117,7 @@ def c_t(
     if not draws:
         return {"statistic": None, "p_value": None, "cells": 0}
     statistic, z, cells = np.mean(draws, 0)
-    return {"statistic": float(statistic), "p_value": float(stats.norm.cdf(z)), "cells": round(float(cells))}
+    return {"statistic": float(statistic), "p_value": float(scipy.stats.norm.cdf(z)), "cells": round(float(cells))}
 
 
 def _cells(train_NxD, n_cells: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +126,9 @@ def _cells(train_NxD, n_cells: int, rng: np.random.Generator) -> tuple[np.ndarra
         return np.zeros((1, train_NxD.shape[1])), np.zeros(len(train_NxD), int)
     few = len(train_NxD) <= CENTRES_FROM
     used = train_NxD if few else train_NxD[np.sort(rng.choice(len(train_NxD), CENTRES_FROM, replace=False))]
-    centres, cell = vq.kmeans2(np.asarray(used, np.float64), n_cells, minit="++", seed=rng, missing="warn")
+    centres, cell = scipy.cluster.vq.kmeans2(
+        np.asarray(used, np.float64), n_cells, minit="++", seed=rng, missing="warn"
+    )
     return centres, cell if few else euclidean.nearest(train_NxD, centres).index[:, 0]
 
 
@@ -154,7 +155,7 @@ def _one_draw(val_2xM: np.ndarray, syn_2xK: np.ndarray) -> tuple[float, float, i
         (val, syn) = (x[1][x[0] == cell] for x in (val_2xM, syn_2xK))
         m, n = len(syn), len(val)
         if min(m, n) >= LEAST and np.isfinite(val[0]):
-            u = stats.rankdata(np.concatenate([syn, val]))[:m].sum() - m * (m + 1) / 2
+            u = scipy.stats.rankdata(np.concatenate([syn, val]))[:m].sum() - m * (m + 1) / 2
             scores.append((u - m * n / 2) / np.sqrt(m * n * (m + n + 1) / 12))
             weights.append(n)
     if not scores:

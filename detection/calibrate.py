@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special, stats
+import scipy
 
 from detection import richness
 
@@ -108,12 +108,12 @@ def benjamini_hochberg(p_K: np.ndarray, fdr: float) -> np.ndarray:
         raise ValueError(f"config.audit.fdr={fdr} must lie between 0 and 1")
     if not len(p_K):
         return np.zeros(0, bool)
-    return stats.false_discovery_control(p_K, method="bh") <= fdr * (1 + 1e-9)
+    return scipy.stats.false_discovery_control(p_K, method="bh") <= fdr * (1 + 1e-9)
 
 
 def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Exact binomial interval of a rate (Clopper and Pearson 1934)."""
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(level, method="exact")
+    interval = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method="exact")
     return float(interval.low), float(interval.high)
 
 
@@ -142,8 +142,8 @@ def effective_number(patients: np.ndarray) -> int:
 def beta_interval(rate: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson for a rate whose count n * rate need not be whole."""
     tail, x = (1 - level) / 2, n * rate
-    low = 0.0 if x <= 0 else float(stats.beta.ppf(tail, x, n - x + 1))
-    high = 1.0 if x >= n else float(stats.beta.ppf(1 - tail, x + 1, n - x))
+    low = 0.0 if x <= 0 else float(scipy.stats.beta.ppf(tail, x, n - x + 1))
+    high = 1.0 if x >= n else float(scipy.stats.beta.ppf(1 - tail, x + 1, n - x))
     return low, high
 
 
@@ -275,7 +275,7 @@ def _reach(count: int, n: int, j: int, n_null: int) -> float:
     if count <= 0 or count > n:
         return float(count <= 0)
     new = np.arange(count, min(count + j - 1, n) + 1)
-    return min(float(stats.hypergeom.pmf(new, n + n_null, n, count + j - 1).sum()), 1.0)
+    return min(float(scipy.stats.hypergeom.pmf(new, n + n_null, n, count + j - 1).sum()), 1.0)
 
 
 def fewest_flaggable(n_patients: int, k: int, fdr: float) -> int:
@@ -299,7 +299,7 @@ def detectable_rate(k: int, ways: Sequence[tuple[int, float]], power: float = 0.
     innocent images above the line, which would only help, do not: an upper bound.
     """
     rates = [
-        float(special.betaincinv(fewest, k - fewest + 1, power)) / recall
+        float(scipy.special.betaincinv(fewest, k - fewest + 1, power)) / recall
         for fewest, recall in ways
         if fewest <= k and recall > 0
     ]
@@ -309,7 +309,7 @@ def detectable_rate(k: int, ways: Sequence[tuple[int, float]], power: float = 0.
 
 def power_at(copy_rate: float, k: int, ways: Sequence[tuple[int, float]]) -> float:
     """Probability that copies are found if the generator copies at `copy_rate`; as in `detectable_rate`."""
-    return max(float(stats.binom.sf(fewest - 1, k, copy_rate * recall)) for fewest, recall in ways)
+    return max(float(scipy.stats.binom.sf(fewest - 1, k, copy_rate * recall)) for fewest, recall in ways)
 
 
 def finite(x: np.ndarray) -> np.ndarray:

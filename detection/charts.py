@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 FACTOR_DB = 3.0  # a factor of two in power, shaded in the spectrum
 MOST_POINTS = 400  # of a curve: more than the pixels that show it
@@ -51,11 +50,18 @@ class Chart(NamedTuple):
     height: int = 220
 
 
+def round_numbers(low: float, high: float, most: int) -> np.ndarray:
+    """About `most` of them in equal steps, from `low` or below to `high` or above."""
+    from matplotlib.ticker import MaxNLocator  # here, since it is slow to load and no start of a training needs it
+
+    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+
+
 def axis(low: float, high: float, label: str, *, most: int = 5) -> Axis:
     """An axis with about `most` round ticks inside it."""
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    ticks = [t for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high]
+    ticks = [t for t in round_numbers(low, high, most) if low <= t <= high]
     step = min(np.diff(ticks), default=1.0)
     places = next((p for p in range(9) if abs(round(step, p) - step) < 1e-9 * max(step, 1)), 9)
     return Axis(low, high, label, [(float(100 * (t - low) / (high - low)), f"{t:,.{places}f}") for t in ticks])
@@ -64,7 +70,7 @@ def axis(low: float, high: float, label: str, *, most: int = 5) -> Axis:
 def round_top(values: Any, least: float = 0.0) -> float:
     """The round number an axis from 0 ends in so as to hold all values."""
     top = max(float(np.max(values, initial=least)), least) or 1.0
-    return float(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top)[-1])
+    return float(round_numbers(0, top, 5)[-1])
 
 
 def histogram(result: Mapping[str, Any]) -> Chart:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from detection import calibrate
 
@@ -57,14 +57,14 @@ def at_most(count: int | np.ndarray, k: int, recall_low: float) -> np.ndarray:
     copy, so it errs upwards. It holds for the generator's rate and, as k images scatter less, for the share of the k.
     """
     count = np.asarray(count, float)
-    high = np.where(count >= k, 1.0, stats.beta.ppf(1 - ALPHA / 2, count + 1, np.maximum(k - count, 0.5)))
+    high = np.where(count >= k, 1.0, scipy.stats.beta.ppf(1 - ALPHA / 2, count + 1, np.maximum(k - count, 0.5)))
     return np.minimum(high / max(recall_low, 1e-9), 1.0)
 
 
 def expected_bound(rank: int, k: int, n_patients: int, recall_low: float) -> float:
     """Mean of `at_most` over audits in which nothing is copied: by it a line is chosen, blind to the synthetic images."""
     count = np.arange(k + 1)
-    return float(stats.betabinom.pmf(count, k, rank, n_patients + 1 - rank) @ at_most(count, k, recall_low))
+    return float(scipy.stats.betabinom.pmf(count, k, rank, n_patients + 1 - rank) @ at_most(count, k, recall_low))
 
 
 def fewest_seen(k: int, rank: int, n_patients: int, tests: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy import spatial
+import scipy
 
 from detection import neighbours
 
@@ -84,6 +84,6 @@ def _searched(query_NxD, key_MxD, c) -> np.ndarray:
     parts = [np.zeros((0, c), np.int64)]
     for start in range(0, len(query_NxD), rows):
         query = query_NxD[start : start + rows]
-        distance = np.concatenate([spatial.distance.cdist(query, part) for part in _parts(key_MxD)], 1)
+        distance = np.concatenate([scipy.spatial.distance.cdist(query, part) for part in _parts(key_MxD)], 1)
         parts.append(distance.argmin(1)[:, None] if c == 1 else np.argsort(distance, axis=1, kind="stable")[:, :c])
     return np.concatenate(parts)

@@ -3,10 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 SYNTHETIC, UNSEEN, FLAGGED = "#c2410c", "#475569", "#b91c1c"
 
@@ -42,7 +41,7 @@ def pairs(
     down = -(-len(synthetic) // across)
     shape = planes(synthetic[0]).shape
     width = 2.0 * max(1.0, shape[1] / shape[0])
-    figure = Figure(figsize=(3 * across * width + 0.6 * (across - 1), 2.35 * down + 0.9), layout="constrained")
+    figure = blank((3 * across * width + 0.6 * (across - 1), 2.35 * down + 0.9))
     figure.suptitle(title, fontsize=12)
     columns = ([1, 1, 1, 0.06] * across)[:-1]  # a narrow empty column between two pairs
     grid = figure.subplots(down, len(columns), squeeze=False, width_ratios=columns)
@@ -81,7 +80,7 @@ def histogram(path: Path, panels: Sequence[Panel]) -> None:
     Args:
       panels: (title, counts as `outputs.histogram` gives them, (name, position or None, line style) of each threshold).
     """
-    figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
+    figure = blank((6.5 * len(panels), 4.5))
     for axis, (title, counted, thresholds) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
@@ -96,15 +95,22 @@ def histogram(path: Path, panels: Sequence[Panel]) -> None:
         handles, _ = axis.get_legend_handles_labels()
         for name, position, style in thresholds:
             if position is not None:
-                axis.axvline(position, color="black", linestyle=style, linewidth=1.3)
-                handles.append(Line2D([], [], color="black", linestyle=style, label=f"{name}: {position:.3f}"))
+                look = dict(color="black", linestyle=style, linewidth=1.3, label=f"{name}: {position:.3f}")
+                handles.append(axis.axvline(position, **look))
         axis.set(xlabel="similarity to the nearest training image", ylabel="% of the images", title=title)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
     save(figure, path)
 
 
-def save(figure: Figure, path: Path) -> None:
+def blank(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of this width and height."""
+    from matplotlib.figure import Figure  # here, since a second of loading it would be a second of every start
+
+    return Figure(figsize=inches, layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     figure.savefig(aside, dpi=130, format="png")
     os.replace(aside, path)

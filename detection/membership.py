@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from detection import calibrate, roc
 
@@ -149,4 +149,5 @@ def _welch(one_PxL: np.ndarray, other_QxL: np.ndarray, level: float = 0.95) -> t
     """(difference of means, half the width of its interval), by column; Welch's t with unequal variances."""
     a, b = (x.var(0, ddof=1) / len(x) for x in (one_PxL, other_QxL))
     freedom = (a + b) ** 2 / np.maximum(a**2 / (len(one_PxL) - 1) + b**2 / (len(other_QxL) - 1), 1e-300)
-    return one_PxL.mean(0) - other_QxL.mean(0), stats.t.ppf((1 + level) / 2, np.maximum(freedom, 1)) * np.sqrt(a + b)
+    reach = scipy.stats.t.ppf((1 + level) / 2, np.maximum(freedom, 1))
+    return one_PxL.mean(0) - other_QxL.mean(0), reach * np.sqrt(a + b)

@@ -11,7 +11,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.ndimage
+import scipy
 
 MOST = {2: 1024, 3: 20_000}  # pixels of an image that is registered: enough detail, and no more
 ITERATIONS = 8  # in each of two bands

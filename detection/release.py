@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy import stats
+import scipy
 
 from detection import calibrate, controls, verdict
 from launch import checkpoint, stage
@@ -135,7 +135,7 @@ def copies_left(n_over: int, recall: float) -> int | None:
     Returns:
       None where nothing is known to be caught.
     """
-    return int(stats.nbinom.ppf(1 - RISK, n_over + 1, recall)) if recall > 0 else None
+    return int(scipy.stats.nbinom.ppf(1 - RISK, n_over + 1, recall)) if recall > 0 else None
 
 
 def seen_of_missed(

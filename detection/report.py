@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
 import PIL.Image
 from markupsafe import Markup
@@ -230,10 +229,10 @@ def data_uri(x: np.ndarray, most_pixels: int, colours: str | None = None) -> str
         x = np.asarray(PIL.Image.fromarray(x.astype(np.float32)).resize(size, PIL.Image.Resampling.BOX))
     image = PIL.Image.fromarray(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8))
     if colours:
+        from matplotlib import colormaps  # see figures.blank
+
         image = image.copy()
-        image.putpalette(
-            (matplotlib.colormaps[colours](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
-        )
+        image.putpalette((colormaps[colours](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes())
     out = io.BytesIO()
     image.save(out, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

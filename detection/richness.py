@@ -8,7 +8,7 @@ one or several.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special, stats
+import scipy
 
 
 def distinct(hits: np.ndarray, k: int, draws: int | Sequence[int], targets: int) -> np.ndarray:
@@ -25,10 +25,10 @@ def distinct(hits: np.ndarray, k: int, draws: int | Sequence[int], targets: int)
     inside = np.minimum(m, k)[:, None]
     left = k - count
     log_missed = (
-        special.gammaln(left + 1)
-        - special.gammaln(np.maximum(left - inside, 0) + 1)
-        - special.gammaln(k + 1)
-        + special.gammaln(k - inside + 1)
+        scipy.special.gammaln(left + 1)
+        - scipy.special.gammaln(np.maximum(left - inside, 0) + 1)
+        - scipy.special.gammaln(k + 1)
+        + scipy.special.gammaln(k - inside + 1)
     )
     missed = np.where(left >= inside, np.exp(np.minimum(log_missed, 0)), 0.0)
     expected = ((1 - missed) * how_many).sum(1)
@@ -57,14 +57,14 @@ def unseen_interval(hits: np.ndarray, k: int, targets: int, level: float = 0.95)
     once, twice, seen = float((hits == 1).sum()), float((hits == 2).sum()), float((hits > 0).sum())
     u, a, most = _chao2(once, twice, k), (k - 1) / k, targets - seen
     if u <= 0:
-        allowed = stats.chi2.ppf((1 + level) / 2, 2 * (once + 1)) / 2
+        allowed = scipy.stats.chi2.ppf((1 + level) / 2, 2 * (once + 1)) / 2
         return 0.0, float(min(_chao2(allowed, twice, k), most))
     if twice:
         r = once / twice
         variance = twice * (a * r**2 / 2 + a**2 * r**3 + a**2 * r**4 / 4)
     else:
         variance = a * once * (once - 1) / 2 + a**2 * once * (2 * once - 1) ** 2 / 4 - a**2 * once**4 / (4 * (seen + u))
-    spread = np.exp(stats.norm.ppf((1 + level) / 2) * np.sqrt(np.log1p(max(variance, 0.0) / u**2)))
+    spread = np.exp(scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt(np.log1p(max(variance, 0.0) / u**2)))
     return float(min(u / spread, most)), float(min(u * spread, most))
 
 

@@ -7,7 +7,7 @@ random patient of the first set scores above one of a random patient of the seco
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special, stats
+import scipy
 
 from detection import calibrate
 
@@ -29,12 +29,12 @@ def area(
     losses = by_patient(_share_below(low_Q, high_P, patients_P), patients_Q)
     value, p, q = float(wins.mean()), len(wins), len(losses)
     error = np.sqrt((wins.var(ddof=1) / p if p > 1 else 0.25) + (losses.var(ddof=1) / q if q > 1 else 0.25))
-    z = stats.norm.ppf((1 + level) / 2)
+    z = scipy.stats.norm.ppf((1 + level) / 2)
     low, high = _score_interval(value, p, q, z)
     if 0 < value < 1:
         half = z * error / (value * (1 - value))
-        low = min(low, float(special.expit(special.logit(value) - half)))
-        high = max(high, float(special.expit(special.logit(value) + half)))
+        low = min(low, float(scipy.special.expit(scipy.special.logit(value) - half)))
+        high = max(high, float(scipy.special.expit(scipy.special.logit(value) + half)))
     return value, (low, high)
 
 
@@ -128,6 +128,6 @@ def _score_interval(value: float, p: int, q: int, z: float) -> tuple[float, floa
         return abs(value - t) - z * np.sqrt(v)
 
     inside = min(max(value, 1e-9), 1 - 1e-9)  # at 0 and 1 themselves V is 0, which is a root but not the end
-    low = 0.0 if value <= 0 else optimize.brentq(excess, 0.0, inside)
-    high = 1.0 if value >= 1 else optimize.brentq(excess, inside, 1.0)
+    low = 0.0 if value <= 0 else scipy.optimize.brentq(excess, 0.0, inside)
+    high = 1.0 if value >= 1 else scipy.optimize.brentq(excess, inside, 1.0)
     return float(low), float(high)

@@ -18,7 +18,7 @@ the null holds some they make the tail heavier than exponential; that is tested,
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from detection import calibrate
 
@@ -90,7 +90,7 @@ def p_values(
     high_K = np.ones(len(p_K))
     excess_K = _log_closeness(np.asarray(scores_K, float)) - _log_closeness(np.float64(tail.threshold))
     out = excess_K > 0
-    rate = stats.chi2.ppf(0.025, 2 * tail.patients) / (2 * tail.total)
+    rate = scipy.stats.chi2.ppf(0.025, 2 * tail.patients) / (2 * tail.total)
     share = calibrate.beta_interval(min(tail.patients / tail.n_patients, 1.0), tail.n_patients)[1]
     p_K[out] = tail.share * (1 + excess_K[out] / tail.total) ** -tail.patients
     high_K[out] = np.minimum(share * np.exp(-rate * excess_K[out]), 1.0)
@@ -122,7 +122,7 @@ def extrapolated_test(
         "threshold": tail.threshold,
         "n_patients_above": tail.patients,
         "exponent": tail.patients / tail.total,
-        "exponent_ci": [float(stats.chi2.ppf(q, 2 * tail.patients) / (2 * tail.total)) for q in (0.025, 0.975)],
+        "exponent_ci": [float(scipy.stats.chi2.ppf(q, 2 * tail.patients) / (2 * tail.total)) for q in (0.025, 0.975)],
         "heavier_p_value": tail.heavier_p,
         "smallest_p_value": float(p_K.min()),
         "n_copies": int(flagged_K.sum()),

@@ -3,7 +3,6 @@
 Everything here is about speed on a CPU; results differ by rounding at most.
 """
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -19,17 +18,24 @@ def settle() -> None:
     XLA allocates a step's working memory anew for every step; in small pages, the kernel's page faults were 15 to 20 %
     of a training step (`python -m tests.benchmarks --what=training`). Call it first: before JAX is loaded it costs 20 ms.
     """
-    if flags := xla_flags(os.environ, importlib.metadata.version("jaxlib")):
-        os.environ["XLA_FLAGS"] = flags
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if wants_huge_pages(os.environ, platform.libc_ver()[0], switch.read_text() if switch.exists() else ""):
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES]))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if flags := xla_flags(os.environ, version()):
+        os.environ["XLA_FLAGS"] = flags
+
+
+def version() -> str:
+    """Of jaxlib, which is not loaded for it."""
+    from importlib import metadata  # takes as long to load as all else here, and not every process comes to need it
+
+    return metadata.version("jaxlib")
 
 
 def old_kernels() -> bool:
     """Whether jaxlib is 0.10 or 0.11, whose kernels for a CPU are older than those of 0.12."""
-    return importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11."))
+    return version().startswith(("0.10.", "0.11."))
 
 
 def xla_flags(env: dict[str, str], jaxlib: str) -> str | None:

@@ -1,12 +1,14 @@
 """The layers all models share, rank-generic (2D and 3D alike), and how they are lowered on this machine.
 
+What a layer computes is a function under `jax.jit`: a network that calls it 40 times on a few shapes traces, differentiates
+and lowers it once for each shape, and the compiler gets to see the same network.
+
 Parameters only, no mutable state. Parameter names carry their initial distribution, so that `init` can draw a whole
 model in one kernel: `kernel` ~ N(0, 1 / fan_in), `zero` = 0, `bias` = 0, `scale` = 1.
 """
 
 import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,17 +28,12 @@ _INITIALISERS = {
 # Channels from which a 2D convolution is made by pairs of rows, which is what is measured to be faster.
 PAIRED_FROM = 96 if early.old_kernels() else 64
 
-_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_PLATFORM = jax.make_user_context(None)  # a traced function is found again only under the same one
 
 
-@contextlib.contextmanager
-def lowered_for(platform: str) -> Iterator[None]:
+def lowered_for(platform: str) -> contextlib.AbstractContextManager[None]:
     """`with lowered_for(...)`: programs are written for another platform than this machine's, to be looked at, not run."""
-    token = _PLATFORM.set(platform)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
+    return _PLATFORM(platform)
 
 
 def init(init_fn: Callable, key: jax.Array) -> Any:
@@ -60,7 +57,7 @@ def init(init_fn: Callable, key: jax.Array) -> Any:
 
 def on_cpu() -> bool:
     """Whether the program that is being traced is for a CPU."""
-    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    return (_PLATFORM.value or jax.default_backend()) == "cpu"
 
 
 def once(values: Any) -> Any:
@@ -214,6 +211,16 @@ def conv_upsampled(x: jax.Array, kernel: jax.Array, factors: tuple[int, ...]) ->
     return y
 
 
+def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """The module's parameter of this name, which says how it is initialised.
+
+    Flax's own `param` traces the initialiser at every use, only to compare shapes.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, _INITIALISERS[name], shape)
+
+
 class Conv(nn.Module):
     """Convolution over all spatial axes of a (B, *S, C) array, which is up-sampled by `up` first.
 
@@ -233,11 +240,17 @@ class Conv(nn.Module):
         size = (self.kernel,) * rank if isinstance(self.kernel, int) else self.kernel
         strides = (self.strides,) * rank if isinstance(self.strides, int) else self.strides
         name = "zero" if self.zero else "kernel"
-        kernel = self.param(name, _INITIALISERS[name], (*size, x.shape[-1], self.features))
-        bias = self.param("bias", _INITIALISERS["bias"], (self.features,))
-        x = x.astype(self.dtype)
-        y = conv_upsampled(x, kernel, self.up) if self.up else conv(x, kernel.astype(self.dtype), strides)
-        return y + bias.astype(self.dtype)
+        kernel = parameter(self, name, (*size, x.shape[-1], self.features))
+        bias = parameter(self, "bias", (self.features,))
+        return _biased_conv(x.astype(self.dtype), kernel, bias, strides, self.up)
+
+
+@jax.jit(static_argnums=(3, 4))
+def _biased_conv(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, strides: tuple[int, ...], up: tuple[int, ...]
+) -> jax.Array:
+    y = conv_upsampled(x, kernel, up) if up else conv(x, kernel.astype(x.dtype), strides)
+    return y + bias.astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -250,8 +263,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         name = "zero" if self.zero else "kernel"
-        kernel = self.param(name, _INITIALISERS[name], (x.shape[-1], self.features))
-        bias = self.param("bias", _INITIALISERS["bias"], (self.features,))
+        kernel = parameter(self, name, (x.shape[-1], self.features))
+        bias = parameter(self, "bias", (self.features,))
         return matmul(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
@@ -268,16 +281,21 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         groups = next(g for g in range(min(self.groups, channels), 0, -1) if channels % g == 0)
-        scale = self.param("scale", _INITIALISERS["scale"], (channels,))
-        bias = self.param("bias", _INITIALISERS["bias"], (channels,))
-        spatial = tuple(range(1, x.ndim - 1))
-        wide = x.astype(jnp.float32)
-        moments = once((wide.mean(spatial), (wide**2).mean(spatial)))
-        first, second = (m.reshape(-1, groups, channels // groups) for m in moments)
-        mean = first.mean(-1, keepdims=True)
-        variance = jnp.maximum(second.mean(-1, keepdims=True) - mean**2, 0.0)
-        gain = (jax.lax.rsqrt(variance + self.epsilon) * jnp.ones_like(first)).reshape(-1, channels) * scale
-        shift = bias - (mean * jnp.ones_like(first)).reshape(-1, channels) * gain
-        gain, shift = once((gain, shift))
-        rows = (slice(None), *(None,) * len(spatial))
-        return (wide * gain[rows] + shift[rows]).astype(x.dtype)
+        scale = parameter(self, "scale", (channels,))
+        bias = parameter(self, "bias", (channels,))
+        return _group_norm(x, scale, bias, groups, self.epsilon)
+
+
+@jax.jit(static_argnums=(3, 4))
+def _group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, epsilon: float) -> jax.Array:
+    channels, spatial = x.shape[-1], tuple(range(1, x.ndim - 1))
+    wide = x.astype(jnp.float32)
+    moments = once((wide.mean(spatial), (wide**2).mean(spatial)))
+    first, second = (m.reshape(-1, groups, channels // groups) for m in moments)
+    mean = first.mean(-1, keepdims=True)
+    variance = jnp.maximum(second.mean(-1, keepdims=True) - mean**2, 0.0)
+    gain = (jax.lax.rsqrt(variance + epsilon) * jnp.ones_like(first)).reshape(-1, channels) * scale
+    shift = bias - (mean * jnp.ones_like(first)).reshape(-1, channels) * gain
+    gain, shift = once((gain, shift))
+    rows = (slice(None), *(None,) * len(spatial))
+    return (wide * gain[rows] + shift[rows]).astype(x.dtype)

@@ -39,7 +39,7 @@ def start(batches: Sequence[int] = (), pixels: int = 1) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells 30 lines a checkpoint
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / platform.node()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the small ones are many
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     asked = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not asked:

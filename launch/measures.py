@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from launch import studies
 
@@ -78,8 +78,8 @@ def person(patient: str, several: list[int], copies: int) -> int:
 
 def share(k: int, n: int) -> tuple[float, float, float]:
     """k / n with its exact (Clopper-Pearson) interval."""
-    low = stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
-    high = stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
+    low = scipy.stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
+    high = scipy.stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
     return k / n, float(low), float(high)
 
 

@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 
 import numpy as np
-from scipy import stats
+import scipy
 
 
 def trend(values_BxL: np.ndarray) -> tuple[float, float, float]:
@@ -18,7 +18,7 @@ def trend(values_BxL: np.ndarray) -> tuple[float, float, float]:
       same ties could have had.
     """
     place_L = np.arange(values_BxL.shape[1]) - (values_BxL.shape[1] - 1) / 2
-    ranks_BxL = stats.rankdata(values_BxL, axis=1)
+    ranks_BxL = scipy.stats.rankdata(values_BxL, axis=1)
     chance = Counter({0.0: 1.0})
     for ranks_L in ranks_BxL:
         orders = np.array(list(itertools.permutations(ranks_L)))
@@ -38,7 +38,7 @@ def differ(values_BxL: np.ndarray) -> tuple[float, float]:
     Returns:
       p, and the least p that these ties and so many blocks allow.
     """
-    ranks_BxL = stats.rankdata(values_BxL, axis=1)
+    ranks_BxL = scipy.stats.rankdata(values_BxL, axis=1)
     spread = lambda sums: round(sum(s * s for s in sums), 6)
     chance = Counter({tuple(ranks_BxL[0]): 1.0})  # the first block's order does not matter: only how the others agree
     for ranks_L in ranks_BxL[1:]:
@@ -66,7 +66,7 @@ def mean_interval(
     """
     between = 0.0
     if len(values) > 1:
-        between = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+        between = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     mean = float(np.mean(values))
     down, up = (float(np.hypot(np.sqrt(np.mean(np.square(side))), between)) for side in (below, above))
     return [mean, max(low, mean - down), min(high, mean + up)]

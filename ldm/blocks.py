@@ -41,13 +41,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, *_, channels = x.shape
+        channels = x.shape[-1]
         if channels % self.heads:
             raise ValueError(f"{self.heads} attention heads cannot share {channels} channels: change heads or widths")
-        qkv = Dense(3 * channels, dtype=self.dtype)(GroupNorm()(x))
-        q, k, v = (a.reshape(batch, -1, self.heads, channels // self.heads) for a in jnp.split(qkv, 3, axis=-1))
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = _attend(Dense(3 * channels, dtype=self.dtype)(GroupNorm()(x)), self.heads)
         return once(x + Dense(channels, zero=True, dtype=self.dtype)(h))
+
+
+@jax.jit(static_argnums=1)
+def _attend(qkv: jax.Array, heads: int) -> jax.Array:
+    """Attention between all positions of (B, *S, 3 C), queries, keys and values one after the other: (B, *S, C)."""
+    batch, *_, width = qkv.shape
+    q, k, v = (a.reshape(batch, -1, heads, width // (3 * heads)) for a in jnp.split(qkv, 3, axis=-1))
+    return jax.nn.dot_product_attention(q, k, v).reshape(*qkv.shape[:-1], width // 3)
 
 
 def recomputed(block: type[nn.Module], remat: bool, static: tuple[int, ...] = ()) -> type[nn.Module]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 GROUPS = 20
 PARTS = (1, 2, 3, 4)  # into so many parts the sets are cut for the Frechet distance's extrapolation
@@ -71,7 +71,7 @@ def jackknife(value: float, without_G: np.ndarray) -> Estimate:
     """Interval of `value` from what it is without each group: Student's t, G - 1 degrees of freedom."""
     n = len(without_G)
     error = np.sqrt((n - 1) / n * ((without_G - without_G.mean()) ** 2).sum())
-    reach = stats.t.ppf(0.975, n - 1) * error
+    reach = scipy.stats.t.ppf(0.975, n - 1) * error
     return Estimate(float(value), float(value - reach), float(value + reach))
 
 
@@ -81,11 +81,11 @@ def proportion(value: float, without_G: np.ndarray, units: int) -> Estimate:
     variance = (n - 1) / n * ((without_G - without_G.mean()) ** 2).sum()
     effective = float(units)
     if 0 < value < 1 and variance > 0:
-        wider = (stats.norm.ppf(0.975) / stats.t.ppf(0.975, n - 1)) ** 2
+        wider = (scipy.stats.norm.ppf(0.975) / scipy.stats.t.ppf(0.975, n - 1)) ** 2
         effective = min(max(value * (1 - value) / variance * wider, 1.0), effective)
     hits = value * effective
-    low = stats.beta.ppf(0.025, hits, effective - hits + 1) if value > 0 else 0.0
-    high = stats.beta.ppf(0.975, hits + 1, effective - hits) if value < 1 else 1.0
+    low = scipy.stats.beta.ppf(0.025, hits, effective - hits + 1) if value > 0 else 0.0
+    high = scipy.stats.beta.ppf(0.975, hits + 1, effective - hits) if value < 1 else 1.0
     return Estimate(float(value), float(low), float(high))
 
 

@@ -198,22 +198,24 @@ def sampler(
     return lambda numbers: draw(weights, numbers, key)
 
 
-def renoised(
-    generator: Generator, weights: Weights, *, level: float, steps: int = 20
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`(key, x) -> x`: images given noise in the latent space up to the time t / T = `level`, and denoised by DDIM, as the
-    generator would if it had come so near to them. Row i depends on fold_in(key, i) alone."""
+def renoised(generator: Generator, weights: Weights, *, steps: int = 20) -> Callable[[float], Callable]:
+    """`(level) -> (key, x) -> x`: images given noise in the latent space up to the time t / T = `level`, and denoised by
+    DDIM, as the generator would if it had come so near to them. Row i depends on fold_in(key, i) alone."""
 
-    @jax.jit
-    def copy(weights: Weights, key: jax.Array, x: jax.Array) -> jax.Array:
+    @jax.jit  # one program for all levels
+    def copy(weights: Weights, key: jax.Array, x: jax.Array, first: int) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(x)))
         z = (generator.autoencoder.encode(weights.autoencoder, x).mu - weights.mean) / weights.std
-        how = {"sampler": "ddim", "steps": steps, "z": z, "level": level}
+        how = {"sampler": "ddim", "steps": steps, "z": z, "first": first}
         z = samplers.sample(generator.denoiser, weights.unet, keys, z.shape[1:], **how)
         x = generator.autoencoder.decode(weights.autoencoder, z * weights.std + weights.mean)
         return jnp.clip(x, -1.0, 1.0)
 
-    return lambda key, x: copy(weights, key, x)
+    def of(level: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        first = steps - max(1, round(level * steps))
+        return lambda key, x: copy(weights, key, x, first)
+
+    return of
 
 
 def latents(generator: Generator) -> Callable[[jax.Array], jax.Array]:

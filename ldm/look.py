@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
-from scipy import stats
+import scipy
 
 from launch import checkpoint, log, mesh, stage
 from ldm import levels
@@ -41,7 +41,7 @@ def gap(train_PxL: np.ndarray, held_out_QxL: np.ndarray) -> Gap:
     sided, over patients.
     """
     train, held_out = (np.log(np.maximum(x, 1e-12)).mean(1) for x in (train_PxL, held_out_QxL))
-    p = stats.ttest_ind(held_out, train, equal_var=False, alternative="greater").pvalue
+    p = scipy.stats.ttest_ind(held_out, train, equal_var=False, alternative="greater").pvalue
     return Gap(float(np.expm1(held_out.mean() - train.mean())), float(p) if np.isfinite(p) else 1.0)
 
 

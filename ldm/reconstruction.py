@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import PIL.Image
-import scipy.fft
+import scipy
 
 from launch import checkpoint, log, loop, mesh
 from launch.loop import Task, gradient_only

@@ -1,4 +1,4 @@
-"""Samplers: from noise to latents along a schedule, each as one scan over its steps.
+"""Samplers: from noise to latents along a schedule, each as one loop over its steps.
 
 A denoiser gives z_hat and eps_hat at every time, and along its probability-flow equation dz_t = z_hat dalpha +
 eps_hat dsigma, whatever the schedule (Song et al. 2021b; Lipman et al. 2023). Every sampler here is written in alpha and
@@ -109,14 +109,14 @@ def sample(
     steps: int,
     eta: float = 0.0,
     z: jax.Array | None = None,
-    level: float = 1.0,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Latents (B, *shape).
 
     Args:
       keys_B: one key per sample; a sample depends on its own key alone, not on its batch.
-      z: latents (B, *shape) to start from in place of nothing: they are given noise up to the time `level` T and
-        denoised from there, in the share `level` of the `steps`.
+      z: latents (B, *shape) to start from in place of nothing: they are given the noise of step `first` of the `steps`
+        and denoised from there.
       sampler: one of `SAMPLERS`.
       eta: of 'ddim': 0 is deterministic, 1 is 'ddpm'.
     Raises:
@@ -134,13 +134,11 @@ def sample(
         output = denoiser.apply(params, z_t, jnp.full(z_t.shape[:1], t) / denoiser.T, None)
         return split(denoiser.predict, z_t, output, c)
 
-    def body(carry: tuple[jax.Array, jax.Array], s: Step) -> tuple[tuple[jax.Array, jax.Array], None]:
-        return SAMPLERS[sampler](model, s, *carry, normal, eta), None
-
     path = plan(denoiser.schedule, steps)
+    at = lambda i: jax.tree.map(lambda rows: rows[i], path)
     start = normal(0)
     if z is not None:
-        path = jax.tree.map(lambda rows: rows[steps - max(1, round(level * steps)) :], path)
-        start = path.now.alpha[0] * z + path.now.sigma[0] * start
-    (z, _), _ = jax.lax.scan(body, (start, jnp.zeros_like(start)), path)
-    return z
+        now = at(first).now
+        start = now.alpha * z + now.sigma * start
+    body = lambda i, carry: SAMPLERS[sampler](model, at(i), *carry, normal, eta)
+    return jax.lax.fori_loop(first, steps, body, (start, jnp.zeros_like(start)))[0]

@@ -128,6 +128,27 @@ def test_mistakes_are_told(settings, told):
         samplers.sample(model, None, jax.random.split(jax.random.key(0), 2), (2, 2, 1), **settings)
 
 
+def test_from_latents_it_goes_the_rest_of_the_way():
+    """Step by step by hand, which starts with the latents' own noise; one program goes from any step."""
+    schedule, keys, z = (
+        diffusion.schedule("cosine", 200),
+        jax.random.split(jax.random.key(2), 3),
+        jnp.full((3, 4, 4, 2), 0.7),
+    )
+    model = diffusion.Denoiser(toy, schedule, "v")
+    how = {"sampler": "ddim", "steps": 20}
+    drawn = jax.jit(lambda first: samplers.sample(model, None, keys, (4, 4, 2), z=z, first=first, **how))
+    plan = samplers.plan(schedule, 20)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (4, 4, 2)))(keys)
+    split = lambda z_t, t, c: diffusion.split("v", z_t, toy(None, z_t, jnp.full(3, t / 200), None), c)
+    for first in (0, 12, 19):
+        expected = plan.now.alpha[first] * z + plan.now.sigma[first] * noise
+        for i in range(first, 20):
+            expected, _ = samplers.ddim(split, jax.tree.map(lambda x, i=i: x[i], plan), expected, None, None, 0.0)
+        np.testing.assert_allclose(drawn(first), expected, atol=1e-5)
+    assert drawn._cache_size() == 1
+
+
 # ---- against diffusers, whose results on the same inputs tests/make_reference.py has written down
 
 REFERENCE = np.load(pathlib.Path(__file__).with_name("reference.npz"))
