@@ -3,13 +3,10 @@
 python main.py --config=configs/brain.py --mode=train,sample,audit --workdir=runs/brain
 """
 
-import gc
-
 from launch import early
 
 if __name__ == "__main__":
     early.settle()
-    gc.disable()  # nothing is garbage while modules are loaded, and looking for it was a seventh of that time
 
 import contextlib
 import functools
@@ -162,8 +159,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         plants["autoencoder", 1.0] = lambda key, x: render(x)
     if ours and config.generator == "ldm" and not config.sample.control:
         weights = load(config, generator)
-        renoised = ldm.renoised(generator, weights)
-        plants |= {("re-noise", level): renoised(level) for level in RENOISE}
+        plants |= {("re-noise", level): fn for level, fn in ldm.renoised(generator, weights, RENOISE).items()}
         if member:
             losses = ldm.loss_levels(generator, weights, key=key(config, 6), levels=settings["levels"], draws=2)
     compare = functools.partial(quality, config, sets, embed)
@@ -400,6 +396,5 @@ def claim(config: ConfigDict, folder: Path, content: str, *sections: str, grow: 
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
+    early.loaded()
     sys.exit(machine.one_line_errors(lambda: app.run(main, flags_parser=machine.parse_flags)))

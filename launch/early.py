@@ -3,6 +3,7 @@
 Everything here is about speed on a CPU; results differ by rounding at most.
 """
 
+import gc
 import os
 import platform
 import sys
@@ -17,6 +18,9 @@ def settle() -> None:
 
     XLA allocates a step's working memory anew for every step; in small pages, the kernel's page faults were 15 to 20 %
     of a training step (`python -m tests.benchmarks --what=training`). Call it first: before JAX is loaded it costs 20 ms.
+
+    Python stops looking for garbage until `loaded`: modules being loaded make none, and to look for it was a seventh of
+    the time that they take.
     """
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if wants_huge_pages(os.environ, platform.libc_ver()[0], switch.read_text() if switch.exists() else ""):
@@ -24,6 +28,13 @@ def settle() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if flags := xla_flags(os.environ, version()):
         os.environ["XLA_FLAGS"] = flags
+    gc.disable()
+
+
+def loaded() -> None:
+    """To be called once all modules are loaded: they stay, and are not looked through for garbage again."""
+    gc.freeze()
+    gc.enable()
 
 
 def version() -> str:

@@ -228,6 +228,8 @@ def fit(
                     bad = ", ".join(f"{k}={v}" for k, v in values.items() if not abs(v) < float("inf"))
                     raise FloatingPointError(f"{name}: {bad} at step {step}; last good checkpoint: {where}")
                 metrics.window.append(values)
+                if step == start:
+                    bar.unpause()  # compilation tells nothing of how long the other steps will take
                 bar.update()
                 if (step + 1) % log_every == 0 or step + 1 == steps:
                     means = {k: sum(w[k] for w in metrics.window) / len(metrics.window) for k in values}

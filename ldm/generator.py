@@ -1,7 +1,7 @@
 """The generators as wholes, latent diffusion model, VAE and GAN: what each is made of, its weights, and how it is sampled."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,9 +198,11 @@ def sampler(
     return lambda numbers: draw(weights, numbers, key)
 
 
-def renoised(generator: Generator, weights: Weights, *, steps: int = 20) -> Callable[[float], Callable]:
-    """`(level) -> (key, x) -> x`: images given noise in the latent space up to the time t / T = `level`, and denoised by
-    DDIM, as the generator would if it had come so near to them. Row i depends on fold_in(key, i) alone."""
+def renoised(
+    generator: Generator, weights: Weights, levels: Sequence[float], *, steps: int = 20
+) -> dict[float, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """level -> `(key, x) -> x`: images given noise in the latent space up to the time t / T = level, and denoised by DDIM,
+    as the generator would if it had come so near to them. Row i depends on fold_in(key, i) alone."""
 
     @jax.jit  # one program for all levels
     def copy(weights: Weights, key: jax.Array, x: jax.Array, first: int) -> jax.Array:
@@ -211,11 +213,8 @@ def renoised(generator: Generator, weights: Weights, *, steps: int = 20) -> Call
         x = generator.autoencoder.decode(weights.autoencoder, z * weights.std + weights.mean)
         return jnp.clip(x, -1.0, 1.0)
 
-    def of(level: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        first = steps - max(1, round(level * steps))
-        return lambda key, x: copy(weights, key, x, first)
-
-    return of
+    first = {level: steps - max(1, round(level * steps)) for level in levels}
+    return {level: lambda key, x, first=at: copy(weights, key, x, first) for level, at in first.items()}
 
 
 def latents(generator: Generator) -> Callable[[jax.Array], jax.Array]:

@@ -204,7 +204,7 @@ def test_noise_and_denoising_of_a_given_latent(level):
     schedule = diffusion.schedule("cosine", 1000)
     z = jnp.asarray(np.random.default_rng(2).multivariate_normal(MEAN, COVARIANCE, 2000), jnp.float32)
     keys = jax.random.split(jax.random.key(1), len(z))
-    how = {"sampler": "ddim", "steps": 200, "z": z.reshape(-1, 2, 2, 1), "level": level}
+    how = {"sampler": "ddim", "steps": 200, "z": z.reshape(-1, 2, 2, 1), "first": 200 - round(level * 200)}
     out = samplers.sample(of_gaussian(schedule, "v"), None, keys, (2, 2, 1), **how).reshape(-1, 4)
     np.testing.assert_allclose(np.cov(np.asarray(out).T), COVARIANCE, atol=0.08)
     np.testing.assert_allclose(out.mean(0), MEAN, atol=0.08)

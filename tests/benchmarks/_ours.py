@@ -174,4 +174,5 @@ def start(case: dict) -> tuple[dict, Callable]:
 
 
 if __name__ == "__main__":
+    early.loaded()
     _sides.serve(start)
