@@ -273,13 +273,13 @@ def test_a_loss_by_a_network(tmp_path, shape):
     aims = AIMS._replace(perceptual=0.5, perceptual_weights=str(tmp_path / "w.npz"))
     _, task, params = made(shape, aims=aims)
     x, key = images(shape), jax.random.key(2)
-    loss, metrics = task.loss(params, x, key)
+    loss, metrics = jax.jit(task.loss)(params, x, key)
     rest = metrics["l1"] + 1e-3 * metrics["kl"] / np.prod(shape)
     assert 0 < float(metrics["perceptual"]) < 2
     assert float(loss) == pytest.approx(float(rest + 0.5 * metrics["perceptual"]), rel=1e-5)
-    distance = perceptual.by_network(perceptual.read_network(tmp_path / "w.npz"))
+    distance = jax.jit(perceptual.by_network(perceptual.read_network(tmp_path / "w.npz")))
     assert float(distance(x, x, key)) == 0
-    pull = jax.grad(lambda image: distance(image, x, key))(0.9 * x)
+    pull = jax.jit(jax.grad(distance))(0.9 * x, x, key)
     assert np.isfinite(pull).all() and np.abs(pull).max() > 0
 
 

@@ -193,7 +193,8 @@ def test_each_image_is_rendered_with_noise_of_its_own(tmp_path):
 
 def test_looks_guard_and_averages_of_volumes_with_two_channels(tmp_path):
     images = np.tanh(RNG.standard_normal((32, 8, 8, 8, 2))).astype(np.float32)
-    model = ldm.build("ldm", images.shape[1:], tmp_path, first=FIRST["ldm"], net=NET, process=PROCESS)
+    net = NET | {"mults": (1,), "attention": (False,)}  # compilation of 3D networks is most of the time
+    model = ldm.build("ldm", images.shape[1:], tmp_path, first=FIRST["ldm"], net=net, process=PROCESS)
     train(model, "autoencoder", steps=1, images=images)
     train(model, "diffusion", steps=4, images=images, eval_every=2, ema=(0.1, 0.9), guard="warn")
     folder = tmp_path / "diffusion"
