@@ -36,7 +36,7 @@ def test_conv_is_correlation_at_any_rank(rank, k, stride, seed):
     x = rng.standard_normal((2, *rng.integers(4, 8, rank), 2)).astype(np.float32)
     kernel = rng.standard_normal((*(k,) * rank, 2, 3)).astype(np.float32)
     strides = (stride, *rng.integers(1, 3, rank - 1))
-    ours = layers.conv(jnp.asarray(x), jnp.asarray(kernel), tuple(int(s) for s in strides))
+    ours = jax.jit(layers.conv, static_argnums=2)(x, kernel, tuple(int(s) for s in strides))
     np.testing.assert_allclose(ours, reference_conv(x, kernel, strides), rtol=1e-4, atol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_convolving_what_is_upsampled_by_phases(factors, seed):
     large = x
     for axis, factor in enumerate(factors, start=1):
         large = large.repeat(factor, axis)
-    ours = layers.conv_upsampled(jnp.asarray(x), jnp.asarray(kernel), tuple(factors))
+    ours = jax.jit(layers.conv_upsampled, static_argnums=2)(x, kernel, tuple(factors))
     np.testing.assert_allclose(ours, reference_conv(large, kernel, (1,) * rank), rtol=1e-4, atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_two_rows_at_a_time_agree_with_xla_and_so_do_their_gradients(rank, chann
     spatial = "DHW"[-rank:]
     numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
     native = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,) * rank, "SAME", dimension_numbers=numbers)
-    ours, theirs = (jax.vjp(f, x, kernel) for f in (lambda x, k: layers.conv(x, k, (1,) * rank), native))
+    ours, theirs = (jax.vjp(jax.jit(f), x, kernel) for f in (lambda x, k: layers.conv(x, k, (1,) * rank), native))
     dy = rng.standard_normal(ours[0].shape).astype(np.float32)
     for mine, other in zip((ours[0], *ours[1](dy)), (theirs[0], *theirs[1](dy)), strict=True):
         np.testing.assert_allclose(mine, other, atol=5e-6 * float(jnp.abs(other).max()))
