@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -214,11 +215,14 @@ def conv_upsampled(x: jax.Array, kernel: jax.Array, factors: tuple[int, ...]) ->
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
     """The module's parameter of this name, which says how it is initialised.
 
-    Flax's own `param` traces the initialiser at every use, only to compare shapes.
+    Flax's own `param` traces the initialiser at every use, only to compare shapes; here they are compared.
     """
-    if module.has_variable("params", name):
-        return module.get_variable("params", name)
-    return module.param(name, _INITIALISERS[name], shape)
+    if not module.has_variable("params", name):
+        return module.param(name, _INITIALISERS[name], shape)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+    return value
 
 
 class Conv(nn.Module):

@@ -1,5 +1,6 @@
 """Layers against independent numpy, and the parameter rule."""
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,20 @@ def test_conv_is_correlation_at_any_rank(rank, k, stride, seed):
     strides = (stride, *rng.integers(1, 3, rank - 1))
     ours = jax.jit(layers.conv, static_argnums=2)(x, kernel, tuple(int(s) for s in strides))
     np.testing.assert_allclose(ours, reference_conv(x, kernel, strides), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [layers.Conv(3, kernel=5), layers.Dense(3), layers.GroupNorm(groups=2)])
+def test_parameters_of_another_shape_are_refused(layer):
+    x = jnp.ones((2, 6, 6, 4))
+    params = layers.init(lambda key: layer.init(key, x), jax.random.key(0))
+    layer.apply(params, x)
+    other = jax.tree.map(lambda p: jnp.ones((*p.shape[:-1], 2 * p.shape[-1])), params)
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        layer.apply(other, x)
+    smaller = {"params": {**params["params"], "kernel": jnp.ones((3, 3, 4, 3))}}  # a convolution that would run
+    if isinstance(layer, layers.Conv):
+        with pytest.raises(flax.errors.ScopeParamShapeError):
+            layer.apply(smaller, x)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7, 48), (2, 3, 4, 5, 6)])
