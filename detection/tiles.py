@@ -49,6 +49,8 @@ def plan(n, m, d, block, over) -> Plan:
         calls = -(-total // (size * most * parts)) or 1
         blocks = -(-total // (size * calls * parts)) * parts or parts
         rows = -(-total // (calls * blocks * unit)) * unit or unit
+        if unit == 1 and rows < 512:  # few queries: of few shapes, each of which is a compilation
+            rows = min(size, max(64, 1 << (rows - 1).bit_length()))
         shares += [rows, rows * blocks]
     return Plan(*shares, split[1])
 

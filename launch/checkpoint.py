@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from launch import mesh
+
+# Orbax has each device write a slice of what all of them hold, and compiles that slicing for every shape on every device:
+# without a bound, most of the time of a first save of networks of a hundred shapes.
+SLICE_AT_LEAST = 2**24  # bytes
+_ARRAYS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_AT_LEAST)),
+    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,7 +42,8 @@ def write_json(path: Path, value: Any) -> None:
 def manager(folder: Path, keep: int = 2) -> ocp.CheckpointManager:
     """Asynchronous checkpoints of the last `keep` saved steps under `folder`; each is complete or absent."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS)
+    return ocp.CheckpointManager(folder.absolute(), item_handlers=handler, options=options)
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
@@ -52,7 +62,7 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
                 f"{checkpoints.directory}: a checkpoint needs {needed / 2**20:.0f} MiB and the disk has {free / 2**20:.0f}; "
                 "free some, and the same command goes on from the last checkpoint"
             )
-        checkpoints.save(step, args=ocp.args.StandardSave(state))
+        checkpoints.save(step, args=ocp.args.PyTreeSave(state))
 
 
 def restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int | None = None) -> Any:
@@ -68,7 +78,8 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int | None 
         mesh.shardings(abstract),
     )
     step = checkpoints.latest_step() if step is None else step
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(target))
+    how = ocp.checkpoint_utils.construct_restore_args(target)
+    return checkpoints.restore(step, args=ocp.args.PyTreeRestore(target, restore_args=how))
 
 
 def publish(folder: Path, step: int, weights: Any) -> None:

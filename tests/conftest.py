@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, and warnings of the project's own modules as errors."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -25,6 +26,9 @@ import pathlib  # noqa: E402
 import pytest  # noqa: E402
 
 from launch import mesh  # noqa: E402
+
+# JAX makes millions of small objects when it traces; to look for garbage as often as Python does was a tenth of the time.
+gc.set_threshold(50_000, 50, 50)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REAL = pathlib.Path(os.environ.get("FACSIMILE_DATA") or ROOT.parent / "shared" / "data")

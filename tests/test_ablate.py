@@ -295,9 +295,19 @@ def test_dry_run_prints_every_command_and_its_cost(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out == "12\n"
 
 
+# the suite itself may run under nohup, or in the background of a script, where a shell has SIGHUP or SIGINT ignored
+HEED = """
+import os, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.executable, sys.argv[1:])
+"""
+
+
 def study(workdir, *more, seconds="0.15"):
+    command = [sys.executable, "-m", "launch.ablate", *flags("steps", workdir, "--seeds=2", *more), FAKE]
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.ablate", *flags("steps", workdir, "--seeds=2", *more), FAKE],
+        [sys.executable, "-c", HEED, *command],
         cwd=ROOT,
         env={**os.environ, "FAKE_SECONDS": seconds},
         stderr=subprocess.PIPE,
@@ -348,12 +358,8 @@ def test_told_to_stop_it_stops_what_a_script_runs_for_it(tmp_path, monkeypatch, 
     script.write_text(f'#!/bin/sh\n{FAKE.removeprefix("--main=")} "$@"\necho left\n')
     script.chmod(0o755)
     env = {**os.environ, "FAKE_SECONDS": "600"} | ({"FACSIMILE_STOPPED_CODE": code} if code else {})
-    heed = (
-        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
-    )
     command = [sys.executable, "-m", "launch.ablate", *flags("steps", tmp_path / "w"), f"--main={script}"]
-    command = [sys.executable, "-c", heed, *command]  # the suite itself may run under nohup
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", HEED, *command], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     try:
         deadline = time.time() + 120
         while not (found := [p for p in tmp_path.glob("w/runs/*/busy") if p.read_text()]):

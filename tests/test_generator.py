@@ -88,10 +88,12 @@ PLAYERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("players", PLAYERS)
-def test_a_killed_run_ends_in_the_same_bits(tmp_path, players):
-    """Killed before and after the adversary's start, which is at step 3."""
+def test_one_compile_of_the_step_and_a_killed_run_ends_in_the_same_bits(tmp_path, players):
+    """Once for each set of players; killed before and after the adversary's start, which is at step 3."""
     kind, name, first = PLAYERS[players]
-    whole = train(build(kind, tmp_path / "whole", first), name)
+    with jax.log_compiles(), _Compiles() as compiled:
+        whole = train(build(kind, tmp_path / "whole", first), name)
+    assert compiled.count("train_step") == (2 if "adversarial" in first else 1), compiled.names
     for at in (1, 5):
         with pytest.raises(Killed):
             train(build(kind, tmp_path / "killed", first), name, feed=killed_at(at))
@@ -133,15 +135,6 @@ def test_two_processes_agree_with_one(tmp_path, mesh_of, monkeypatch):
             one = train(build(kind, tmp_path / "one" / players, first), name, steps=4)
         with np.load(tmp_path / f"{players}.npz") as file:
             assert_same(jax.tree.leaves(one.params), [file[leaf] for leaf in file.files], exact=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("players", PLAYERS)
-def test_one_compile_of_the_step_for_each_set_of_players(tmp_path, players):
-    kind, name, first = PLAYERS[players]
-    with jax.log_compiles(), _Compiles() as compiled:
-        train(build(kind, tmp_path, first), name)
-    assert compiled.count("train_step") == (2 if "adversarial" in first else 1), compiled.names
 
 
 def test_the_adversary_starts_late(tmp_path):
