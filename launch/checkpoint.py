@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from launch import mesh
 
 # Orbax has each device write a slice of what all of them hold, and compiles that slicing for every shape on every device:
-# without a bound, most of the time of a first save of networks of a hundred shapes.
+# without a bound, 108 of the 109 seconds of a first save of 150 shapes on eight CPU devices.
 SLICE_AT_LEAST = 2**24  # bytes
 _ARRAYS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_AT_LEAST)),

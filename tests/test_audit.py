@@ -17,6 +17,8 @@ from detection import audit, outputs, report, spaces, verdict, views
 SIZE = 32
 POLICY = {"max_copy_rate": 0.3, "max_patients": 0, "min_recall": 0.8, "min_recall_of_kind": 0.5, "min_power": 0.8}
 PLANTS = {("identity", 0.0): lambda key, x: x, ("noise", 0.1): lambda key, x: augment.noise(key, x, 0.1)}
+PIXELS = spaces.by_correlation(views.pixels)
+REGISTERED = spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=4)
 
 
 def people(seed, n):
@@ -46,7 +48,7 @@ def run(sets, synthetic, folder, drawn=False, **other):
         render=None, plants=PLANTS, again=None, others={}, losses=None, levels=(), described={}, redact=False, source=folder / "source", in_order=data.in_order, folder=folder / "audit",
         caveats=[], policy=POLICY, release_to=None, release_level=0.05, release_anyway=False, quality=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, slow_images=2000, batch=32, seed=0,
     )  # fmt: skip
-    space = other.pop("space", spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=4))
+    space = other.pop("space", REGISTERED)
     with contextlib.ExitStack() as stack:
         if not drawn:
             stack.enter_context(mock.patch.object(outputs, "draw"))
@@ -81,9 +83,6 @@ RENDERINGS = {
     "sharper": lambda x: x + 1.5 * (x - BLUR(x)),
     "windowed": lambda x: 1.6 * x + 0.2,
 }
-
-
-PIXELS = spaces.by_correlation(views.pixels)
 
 
 def rendered(sets, how, tmp_path, seed, **settings):
@@ -157,7 +156,7 @@ def test_few_copies_fail_an_audit_that_can_name_none(sets, tmp_path):
 
 @pytest.mark.parametrize(
     ("space", "least"),
-    [(spaces.by_correlation(views.pixels), 35), (spaces.registered(views.pixels, (SIZE, SIZE, 1), candidates=4), 30)],
+    [(PIXELS, 35), (REGISTERED, 30)],
     ids=["vectors", "registered"],
 )
 def test_release_leaves_out_copies_and_what_goes_with_them(sets, tmp_path, space, least):
