@@ -116,7 +116,9 @@ def nearest(
         peak_Nxc, tile_Nxc, reach = tiles.merged(*mesh.fetch(found), len(query))
         own = _share(len(query))
         error_N = _error(query[own], reach, bf16)
-        packed, sure = _gathered(*_look_into(query[own], key_MxD, peak_Nxc[own], tile_Nxc[own], error_N, k), len(query))
+        packed, sure = _gathered(
+            *_look_into(query[own], key_MxD, peak_Nxc[own], tile_Nxc[own], error_N, reach, k), len(query)
+        )
         if not sure.all():
             packed[~sure] = again(query[~sure])
         packed_Nxk[start : start + len(query)] = packed
@@ -172,7 +174,7 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
     return count_N
 
 
-def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
+def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, reach, k):
     """Exact top k from the kept tiles, packed (N, k), and for which queries they are sure to be the top k (N,).
 
     With peaks wrong by at most e, the k-th best similarity is at least f = the k-th largest peak - e, a tile that
@@ -183,14 +185,16 @@ def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, k):
     row, slot = np.nonzero((tile_Nxc >= 0) & (peak_Nxc >= (floor_N - error_N)[:, None]))
     tile = tile_Nxc[row, slot]
     order = np.argsort(tile, kind="stable")
+    least_N = floor_N - _error(query_NxD, reach, depth=query_NxD.shape[1])  # for a float32 product by the host
+    least_N = np.maximum(least_N, np.finfo(np.float32).min)  # never reached by places after the last key
     rows, pairs, most = [], [], max(1, _LOOK // query_NxD.shape[1])
     for start in range(0, max(1, len(order)), most):  # once for none: of few queries, a process may have no share
         part = order[start : start + most]
         asked, first = row[part], tile[part] * tiles.TILE
-        sim_PxT = _tile_dots(query_NxD[asked], key_MxD, first)
-        hit, column = np.nonzero(sim_PxT >= floor_N[asked, None])
+        sim_PxT = _tile_products(query_NxD[asked], key_MxD, first)
+        hit, column = np.divmod(np.flatnonzero(sim_PxT >= least_N[asked, None]), tiles.TILE)
         rows.append(asked[hit])
-        pairs.append(_pack(sim_PxT[hit, column], first[hit] + column))
+        pairs.append(_pack(_pair_dots(query_NxD, rows[-1], key_MxD, first[hit] + column), first[hit] + column))
     rows, pairs = np.concatenate(rows), np.concatenate(pairs)
     order = np.lexsort((~pairs, rows))
     start_N = np.searchsorted(rows[order], np.arange(n))
@@ -225,22 +229,33 @@ def _dots(query_NxD, key_MxD) -> np.ndarray:
     return (np.asarray(query_NxD, np.float64) @ np.asarray(key_MxD, np.float64).T).astype(np.float32)
 
 
-def _tile_dots(query_PxD, key_MxD, first_P) -> np.ndarray:
-    """`_dots` of each query with the tile of keys that starts at its `first_P`, ascending: (P, TILE), -inf after the last.
+def _tile_products(query_PxD, key_MxD, first_P) -> np.ndarray:
+    """float32 products of each query with the tile of keys that starts at its `first_P`, ascending: (P, TILE), -inf after
+    the last.
 
     In parts so small that OpenBLAS stays in this thread: its idle threads spin and slow the device's step.
     """
-    query_PxD, d = query_PxD.astype(np.float64), query_PxD.shape[1]
-    sim_PxT = np.full((len(query_PxD), tiles.TILE), -np.inf)
-    rows = max(16, (1 << 18) // (tiles.TILE * d))
+    sim_PxT = np.full((len(query_PxD), tiles.TILE), -np.inf, np.float32)
+    rows = max(16, (1 << 18) // (tiles.TILE * query_PxD.shape[1]))
     edges = np.flatnonzero(np.diff(first_P, prepend=-1, append=-1)).tolist()
     for low, high in itertools.pairwise(edges):
         first = int(first_P[low])
-        key_DxT = np.asarray(key_MxD[first : first + tiles.TILE], np.float64).T
+        key_DxT = np.asarray(key_MxD[first : first + tiles.TILE], np.float32).T
         for i in range(low, high, rows):
             part = slice(i, min(i + rows, high))
             np.matmul(query_PxD[part], key_DxT, out=sim_PxT[part, : key_DxT.shape[1]])
-    return sim_PxT.astype(np.float32)
+    return sim_PxT
+
+
+def _pair_dots(query_NxD, row_P, key_MxD, index_P) -> np.ndarray:
+    """`_dots` of pairs, (P,), in parts that stay in the cache."""
+    sim_P = np.empty(len(row_P))
+    rows = max(1, (1 << 15) // query_NxD.shape[1])
+    for start in range(0, len(row_P), rows):
+        part = slice(start, start + rows)
+        query, key = (np.asarray(x, np.float64) for x in (query_NxD[row_P[part]], key_MxD[index_P[part]]))
+        sim_P[part] = np.einsum("pd,pd->p", query, key)
+    return sim_P.astype(np.float32)
 
 
 def _pack(sim, index) -> np.ndarray:
@@ -263,13 +278,13 @@ def _largest(packed_NxM, k) -> np.ndarray:
     return np.sort(top, axis=1)[:, ::-1]
 
 
-def _error(query_NxD, reach: float, bf16: bool = False) -> np.ndarray:
-    """Bound of |device's product - returned similarity|: Higham, Accuracy and Stability, section 3.1, and Cauchy-Schwarz.
+def _error(query_NxD, reach: float, bf16: bool = False, depth: int = tiles.DEPTH) -> np.ndarray:
+    """Bound of |float32 product - returned similarity|: Higham, Accuracy and Stability, section 3.1, and Cauchy-Schwarz.
 
-    Rounding both factors to bfloat16, of 8 bits, adds less than 2 * 2^-8 + 2^-16.
+    depth: terms that are summed in one go. Rounding both factors to bfloat16, of 8 bits, adds less than 2 * 2^-8 + 2^-16.
     """
     d = query_NxD.shape[1]
-    units = (min(d, tiles.DEPTH) + -(-d // tiles.DEPTH) + 2) * np.float32(2**-24) + bf16 * np.float32(2**-7 + 2**-15)
+    units = (min(d, depth) + -(-d // depth) + 2) * np.float32(2**-24) + bf16 * np.float32(2**-7 + 2**-15)
     error_N = units * _norms(query_NxD) * np.float32(reach)
     if not np.isfinite(error_N).all():
         raise ValueError("the embeddings hold NaN or infinity; mend them first")

@@ -18,9 +18,9 @@ from launch import mesh
 
 TILE = 64  # keys a maximum is taken over: few enough to look into again, enough to make the maxima 64 times fewer
 DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, which bounds the rounding error
-# Of a CPU and of an accelerator. On a CPU a block of products should stay in the cache; the host looks into a tile once a
-# call, so an accelerator, for which the host is slow, takes many queries a call.
-_ROWS = {True: 1024, False: 8192}  # of a block
+# Of a CPU and of an accelerator. On a CPU a block of products should stay in the cache (8 MiB of them was best); the host
+# looks into a tile once a call, so an accelerator, for which the host is slow, takes many queries a call.
+_ROWS = {True: (1024, 2048), False: (8192, 8192)}  # of queries and of keys in a block
 _BLOCKS = {True: (16, 16), False: (64, 8)}  # of queries and of keys in one call
 _RESIDENT = {
     True: 1 << 28,
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 def plan(n, m, d, block, over) -> Plan:
     """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move."""
     if block is None:
-        block = (max(TILE, min(_ROWS[_cpu()], (1 << 22) // d)),) * 2
+        block = [max(TILE, min(rows, (1 << 22) // d)) for rows in _ROWS[_cpu()]]
     if min(block) < 1:
         raise ValueError(f"block = {block}: both sizes must be positive")
     split = [math.prod(over.shape[axis] for axis in axes) if over else 1 for axes in (QUERIES, KEYS)]
@@ -107,7 +107,7 @@ def reader(key_MxD, plan: Plan, over):
 
 def padded(x_NxD, first: int, rows: int, block: int, over, axes):
     x = np.asarray(x_NxD[first : first + rows], np.float32)
-    x = x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), x.shape[1]), np.float32)])
+    x = x if len(x) == rows else np.concatenate([x, np.repeat(x[-1:], rows - len(x), 0)])
     return put(x.reshape(-1, block, x.shape[1]), over, axes)
 
 
@@ -128,18 +128,15 @@ def keep(query_SxQxD, key_RxKxD, first_R, found, stop, *, over, bf16):
     tiles with the largest maxima. `found`: peaks and tiles (shares, S, Q, c), and the largest norm of a key (shares,)."""
 
     def local(query_SxQxD, key_RxKxD, first_R, found, stop):
-        position = first_R[:, None] + jnp.arange(key_RxKxD.shape[1])
-        position = position.reshape(len(first_R), -1, TILE)
-        tile_G = position[..., 0].ravel() // TILE
+        begin_G = (first_R[:, None] + jnp.arange(0, key_RxKxD.shape[1], TILE)).ravel()
 
         def against(query_QxD, peak_Qxc, tile_Qxc):
-            def maxima(key_KxD, position):
-                sim = products(query_QxD, key_KxD, bf16).reshape(len(query_QxD), -1, TILE)
-                return jnp.where(position < stop, sim, -jnp.inf).max(-1)
+            def maxima(key_KxD):
+                return products(query_QxD, key_KxD, bf16).reshape(len(query_QxD), -1, TILE).max(-1)
 
-            peak_RxQxG = jax.lax.map(lambda one: maxima(*one), (key_RxKxD, position))
-            peak = jnp.concatenate([peak_Qxc, jnp.moveaxis(peak_RxQxG, 0, 1).reshape(len(query_QxD), -1)], 1)
-            tile = jnp.concatenate([tile_Qxc, jnp.broadcast_to(tile_G, (len(query_QxD), len(tile_G)))], 1)
+            peak_QxG = jnp.moveaxis(jax.lax.map(maxima, key_RxKxD), 0, 1).reshape(len(query_QxD), -1)
+            peak = jnp.concatenate([peak_Qxc, jnp.where(begin_G < stop, peak_QxG, -jnp.inf)], 1)
+            tile = jnp.concatenate([tile_Qxc, jnp.broadcast_to(begin_G // TILE, peak_QxG.shape)], 1)
             peak, best = _largest(peak, peak_Qxc.shape[1])
             return peak, jnp.take_along_axis(tile, best, 1)
 
