@@ -157,12 +157,19 @@ def test_the_kl_weight_is_monais_at_its_own_size():
 
 @pytest.mark.slow
 def test_the_whole_path_in_3d(real_data, tmp_path, cache):
-    """Real volumes from files to an audit, with next to no training."""
-    steps = [f"--config.train.{part}.steps=2" for part in ("autoencoder", "diffusion", "detector")]
+    """Real volumes from files to an audit, with next to no training and narrow networks."""
+    small = [f"--config.train.{part}.steps=2" for part in ("autoencoder", "diffusion", "detector")]
+    small += [f"--config.{net}.widths=(8,16)" for net in ("autoencoder", "detector")] + ["--config.unet.width=16"]
     done = subprocess.run(
         [sys.executable, "main.py", "--config=configs/hippocampus.py:tiny", f"--workdir={tmp_path}"]
-        + [f"--config.data.path={real_data / 'msd_hippocampus'}", "--mode=train,sample,audit", *steps]
-        + ["--config.sample.n=8", "--config.sample.steps=2", "--config.audit.planted=4", "--config.audit.batch=4"],
+        + [f"--config.data.path={real_data / 'msd_hippocampus'}", "--mode=train,sample,audit", *small]
+        + [
+            "--config.sample.n=8",
+            "--config.sample.steps=2",
+            "--config.audit.planted=4",
+            "--config.audit.batch=4",
+            "--config.audit.register=1",
+        ],
         cwd=ROOT,
         env={**os.environ, "FACSIMILE_CACHE": str(cache), "FACSIMILE_QUIET": "1"},
         capture_output=True,

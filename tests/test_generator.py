@@ -22,7 +22,7 @@ from tests.test_loop import Killed, _Compiles, assert_same
 from tests.test_main import run
 
 CODER = dict(widths=(8, 16), strides=(2,), patch=2, latent=4, blocks=1, attention=False)
-AIMS = dict(error="l1", kl_weight=1e-3, calibrated=False, commitment=0.25, perceptual=0.3, adversarial=0.0)
+AIMS = dict(error="l1", kl_weight=1e-3, calibrated=False, commitment=0.25, perceptual=0.0, adversarial=0.0)
 AIMS |= dict(perceptual_weights=None)
 FIRST = {
     "ldm": dict(**CODER, **AIMS, codes=0, adversary_widths=(8, 8), adversary_from=0.5),
@@ -79,9 +79,9 @@ def killed_at(at):
 
 
 PLAYERS = {
-    "vq, adversary": ("ldm", "autoencoder", dict(codes=16, adversarial=0.5)),
-    "kl, adversary": ("ldm", "autoencoder", dict(adversarial=0.5)),
-    "vae": ("vae", "vae", {}),
+    "vq, adversary": ("ldm", "autoencoder", dict(codes=16, perceptual=0.3, adversarial=0.5)),
+    "kl, adversary": ("ldm", "autoencoder", dict(perceptual=0.3, adversarial=0.5)),
+    "vae": ("vae", "vae", dict(perceptual=0.3)),
     "gan": ("gan", "gan", {}),
 }
 
