@@ -2,11 +2,11 @@
 
 A step on the devices multiplies blocks of queries with blocks of keys in float32 and keeps, for each query, only
 the largest product of every tile of 64 consecutive keys, and of those maxima the few largest. The top k keys of a
-query lie in the k tiles with the largest maxima, so only these are looked into again, on the host and in float64.
-Every similarity that is returned is a float64 dot product rounded to float32, and every choice is checked against a
-bound of the error of the float32 products; the rare query that fails the check (more equal keys than tiles kept) is
-searched again in float64 (with bfloat16 products, whose bound is wider: in float32). The result is therefore the same
-for every block size, number of devices and precision.
+query lie in the k tiles with the largest maxima, so only these are looked into again, on the host: in float32, and those
+keys that float32 does not tell from the k-th best in float64. Every similarity that is returned is a float64 dot product
+rounded to float32, and every choice is checked against a bound of the error of the float32 products; the rare query that
+fails the check (more equal keys than tiles kept) is searched again in float64 (with bfloat16 products, whose bound is
+wider: in float32). The result is therefore the same for every block size, number of devices and precision.
 """
 
 import dataclasses
