@@ -1,4 +1,4 @@
-"""All players of tests/test_generator.py trained as one of several processes: `python -m tests.players FOLDER`."""
+"""Players of tests/test_generator.py trained as one of several processes: `python -m tests.players FOLDER`."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from launch import loop, machine, mesh
-from tests.test_generator import PLAYERS, build, train
+from tests.test_generator import SEVERAL, build, train
 
 
 def main(folder: str) -> None:
@@ -17,7 +17,7 @@ def main(folder: str) -> None:
     machine.connect(machine.launcher(os.environ, tpu=False))
     loop.optimiser = lambda **_: optax.sgd(0.05)
     with jax.set_mesh(mesh.make()):
-        for players, (kind, name, first) in PLAYERS.items():
+        for players, (kind, name, first) in SEVERAL.items():
             state = train(build(kind, Path(folder) / "two" / players, first), name, steps=4)
             leaves = [mesh.fetch(leaf) for leaf in jax.tree.leaves(state.params)]
             if jax.process_index() == 0:
