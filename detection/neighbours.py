@@ -115,10 +115,8 @@ def nearest(
         query = query_NxD[start : start + plan.query_rows]
         peak_Nxc, tile_Nxc, reach = tiles.merged(*mesh.fetch(found), len(query))
         own = _share(len(query))
-        error_N = _error(query[own], reach, bf16)
-        packed, sure = _gathered(
-            *_look_into(query[own], key_MxD, peak_Nxc[own], tile_Nxc[own], error_N, reach, k), len(query)
-        )
+        looked = _look_into(query[own], key_MxD, peak_Nxc[own], tile_Nxc[own], reach, k, bf16)
+        packed, sure = _gathered(*looked, len(query))
         if not sure.all():
             packed[~sure] = again(query[~sure])
         packed_Nxk[start : start + len(query)] = packed
@@ -174,13 +172,14 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
     return count_N
 
 
-def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, error_N, reach, k):
+def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, reach, k, bf16):
     """Exact top k from the kept tiles, packed (N, k), and for which queries they are sure to be the top k (N,).
 
     With peaks wrong by at most e, the k-th best similarity is at least f = the k-th largest peak - e, a tile that
     holds one as large has a peak of at least f - e, and no key of a dropped tile exceeds the last kept peak + e.
     """
     n, keep = peak_Nxc.shape
+    error_N = _error(query_NxD, reach, bf16)
     floor_N = peak_Nxc[:, k - 1] - error_N
     row, slot = np.nonzero((tile_Nxc >= 0) & (peak_Nxc >= (floor_N - error_N)[:, None]))
     tile = tile_Nxc[row, slot]

@@ -160,7 +160,7 @@ def test_the_whole_path_in_3d(real_data, tmp_path, cache):
     """Real volumes from files to an audit, with next to no training and narrow networks."""
     small = [f"--config.train.{part}.steps=2" for part in ("autoencoder", "diffusion", "detector")]
     small += [f"--config.{net}.widths=(8,16)" for net in ("autoencoder", "detector")] + ["--config.unet.width=16"]
-    small += ["--config.audit.spaces=('detector alone','shifted pixels')"]
+    small += ["--config.audit.spaces=('detector alone','shifted pixels','latents')"]
     done = subprocess.run(
         [sys.executable, "main.py", "--config=configs/hippocampus.py:tiny", f"--workdir={tmp_path}"]
         + [f"--config.data.path={real_data / 'msd_hippocampus'}", "--mode=train,sample,audit", *small]

@@ -106,6 +106,15 @@ def test_long_rows_keep_the_error_bound():
     np.testing.assert_array_equal(nearest(query, key, k=3).index, brute(query, key, 3)[1])
 
 
+def test_the_hosts_products_may_be_wrong_by_their_bound(monkeypatch):
+    query, key = rows(0, 40, 5000), rows(1, 640, 5000)
+    products, bound = neighbours._tile_products, neighbours._error(query, 1.0, depth=5000).min()
+    error = products(query, key, np.zeros(40, int)) - query.astype(np.float64) @ key[:64].astype(np.float64).T
+    assert np.abs(error).max() <= bound
+    monkeypatch.setattr(neighbours, "_tile_products", lambda *args: products(*args) - np.float32(0.9) * bound)
+    np.testing.assert_array_equal(nearest(query, key).index, brute(query, key, 1)[1])
+
+
 def test_standardise_gives_pearson_correlation():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 50)) * 1e3 + 1e4
