@@ -14,18 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from launch import mesh
+from launch import early, mesh
 
 TILE = 64  # keys a maximum is taken over: few enough to look into again, enough to make the maxima 64 times fewer
 DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, which bounds the rounding error
-# Of a CPU and of an accelerator. On a CPU a block of products should stay in the cache (8 MiB of them was best); the host
-# looks into a tile once a call, so an accelerator, for which the host is slow, takes many queries a call.
-_ROWS = {True: (1024, 2048), False: (8192, 8192)}  # of queries and of keys in a block
-_BLOCKS = {True: (16, 16), False: (64, 8)}  # of queries and of keys in one call
-_RESIDENT = {
-    True: 1 << 28,
-    False: 1 << 32,
-}  # bytes of keys that stay on the devices between calls; more are streamed again
+# Of a CPU and of an accelerator. On a CPU jaxlib 0.12 takes the maxima of tiles while it multiplies, so that a block of
+# products is never in memory as a whole; before it, a block should stay in the cache. The host looks into a tile once a
+# call, so an accelerator, for which the host is slow, takes many queries a call.
+_JOINED = not early.old_kernels()
+_ROWS = {True: (16384, 2048) if _JOINED else (1024, 1024), False: (8192, 8192)}  # of queries and of keys in a block
+_BLOCKS = {True: (1, 16) if _JOINED else (16, 32), False: (64, 8)}  # of queries and of keys in one call
+_RESIDENT = {True: 1 << 28, False: 1 << 32}  # bytes of keys that stay on the devices between calls; more stream again
 QUERIES, KEYS = mesh.AXES[:1], mesh.AXES[1:]  # axes of the mesh that the two are split over
 
 
@@ -131,10 +130,8 @@ def keep(query_SxQxD, key_RxKxD, first_R, found, stop, *, over, bf16):
         begin_G = (first_R[:, None] + jnp.arange(0, key_RxKxD.shape[1], TILE)).ravel()
 
         def against(query_QxD, peak_Qxc, tile_Qxc):
-            def maxima(key_KxD):
-                return products(query_QxD, key_KxD, bf16).reshape(len(query_QxD), -1, TILE).max(-1)
-
-            peak_QxG = jnp.moveaxis(jax.lax.map(maxima, key_RxKxD), 0, 1).reshape(len(query_QxD), -1)
+            maxima_RxQxG = jax.lax.map(lambda key_KxD: _maxima(products(query_QxD, key_KxD, bf16)), key_RxKxD)
+            peak_QxG = jnp.moveaxis(maxima_RxQxG, 0, 1).reshape(len(query_QxD), -1)
             peak = jnp.concatenate([peak_Qxc, jnp.where(begin_G < stop, peak_QxG, -jnp.inf)], 1)
             tile = jnp.concatenate([tile_Qxc, jnp.broadcast_to(begin_G // TILE, peak_QxG.shape)], 1)
             peak, best = _largest(peak, peak_Qxc.shape[1])
@@ -149,6 +146,13 @@ def keep(query_SxQxD, key_RxKxD, first_R, found, stop, *, over, bf16):
     found_spec = both, both, keys
     sharded = _on(over, local, (queries, keys, keys, found_spec, jax.P()), found_spec)
     return sharded(query_SxQxD, key_RxKxD, first_R, found, stop)
+
+
+def _maxima(sim_QxK):
+    """Of every tile of keys, (Q, G). XLA's compiler for CPUs joins a product with a `reduce_window`, and not with a reshape."""
+    if _cpu():
+        return jax.lax.reduce_window(sim_QxK, -jnp.inf, jax.lax.max, (1, TILE), (1, TILE), "VALID")
+    return sim_QxK.reshape(len(sim_QxK), -1, TILE).max(-1)
 
 
 def _largest(x_NxG, c: int):
