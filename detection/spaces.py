@@ -171,13 +171,15 @@ def _waves(shape: tuple[int, ...]) -> tuple[int, ...]:
 def overlaid(query_QxD: np.ndarray, train_NxD: np.ndarray, pick_Qxc: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Correlation (Q, c) with the training images picked, registered as they are or mirrored.
 
-    Rows end in the flat look of an image, of `shape` (see `registration`); only those of a batch of pairs are read.
+    Rows end in the flat look of an image, of `shape` (see `registration`); only those of a batch of pairs are read. Few
+    pairs go in a batch of an eighth, and in no other: to compile for another size takes longer than a batch.
     """
-    measure = functools.partial(_registered, shape=shape)
-    batch = max(REGISTERED // math.prod(shape), 1)
+    measure, pairs = functools.partial(_registered, shape=shape), _Pairs(query_QxD, train_NxD, pick_Qxc)
+    batch = REGISTERED // math.prod(shape)
+    batch = max(batch if len(pairs) > batch // 8 else batch // 8, 1)
     with log.progress("registering", len(query_QxD), unit="image") as bar:
         done = lambda n: bar.update(n / pick_Qxc.shape[1])
-        sim = _by_batch(measure, _Pairs(query_QxD, train_NxD, pick_Qxc), batch, done)
+        sim = _by_batch(measure, pairs, batch, done)
     return sim.reshape(pick_Qxc.shape)
 
 
@@ -235,7 +237,8 @@ def by_pairs(
         pick_Qxc = np.concatenate(
             [nearest(query_QxD[:, part], train_NxD[:, at[0]], count, bf16).index for part in at], 1
         )
-        sim_Qxc = _by_batch(measure, _Pairs(query_QxD, train_NxD, pick_Qxc), batch).reshape(pick_Qxc.shape)
+        pairs = _Pairs(query_QxD, train_NxD, pick_Qxc)
+        sim_Qxc = _by_batch(measure, pairs, min(batch, len(pairs))).reshape(pick_Qxc.shape)
         if not np.isfinite(sim_Qxc).all():
             raise ValueError(f"{name}: a score is not finite")
         return _best(sim_Qxc, pick_Qxc)
@@ -383,7 +386,7 @@ class _Pairs(Sequence):
 
 def _by_batch(fn: Callable, rows: Sequence, batch: int, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """`fn` of all rows, so many at a time on all devices; the last batch is filled up with its last row."""
-    batch = -(-min(batch, len(rows)) // mesh.size()) * mesh.size()
+    batch = -(-batch // mesh.size()) * mesh.size()
 
     def batches():
         for start in range(0, len(rows), batch):
