@@ -99,7 +99,7 @@ def nearest(
     if not 1 <= k <= m:
         raise ValueError(f"k = {k} neighbours asked of {m} keys; k must lie in 1 to {m}")
     over = tiles.current()
-    plan = tiles.plan(n, m, query_NxD.shape[1], block, over)
+    plan = tiles.plan(n, m, query_NxD.shape[1], block, over, maxima=not bf16)
     read_keys = tiles.reader(key_MxD, plan, over)
     kept = _Kept(query_NxD, key_MxD, k, plan, keep) if keep and n * m * query_NxD.shape[1] >= _LONG else None
     packed_Nxk = np.empty((n, k), np.int64)
@@ -153,7 +153,7 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
         raise ValueError(f"tau = {tau} is not a similarity")
     n, m = len(query_NxD), len(key_MxD)
     over = tiles.current()
-    plan = tiles.plan(n, m, query_NxD.shape[1], block, over)
+    plan = tiles.plan(n, m, query_NxD.shape[1], block, over, maxima=False)
     read_keys = tiles.reader(key_MxD, plan, over)
     reach = max((float(_norms(key_MxD[i : i + plan.keys]).max()) for i in range(0, m, plan.keys)), default=0.0)
     count_N = np.zeros(n, np.int64)

@@ -18,12 +18,10 @@ from launch import early, mesh
 
 TILE = 64  # keys a maximum is taken over: few enough to look into again, enough to make the maxima 64 times fewer
 DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, which bounds the rounding error
-# Of a CPU and of an accelerator. On a CPU jaxlib 0.12 takes the maxima of tiles while it multiplies, so that a block of
-# products is never in memory as a whole; before it, a block should stay in the cache. The host looks into a tile once a
-# call, so an accelerator, for which the host is slow, takes many queries a call.
-_JOINED = not early.old_kernels()
-_ROWS = {True: (16384, 2048) if _JOINED else (1024, 1024), False: (8192, 8192)}  # of queries and of keys in a block
-_BLOCKS = {True: (1, 16) if _JOINED else (16, 32), False: (64, 8)}  # of queries and of keys in one call
+# Rows of queries and of keys in a block, and blocks of each in one call. On a CPU jaxlib 0.12 takes the maxima of tiles
+# while it multiplies, so that a block of products is never in memory; one that is should stay in the cache. The host looks
+# into a tile once a call, so an accelerator, for which the host is slow, takes many queries a call.
+_JOINED, _IN_CACHE, _ACCELERATOR = ((16384, 2048), (1, 16)), ((1024, 1024), (16, 32)), ((8192, 8192), (64, 8))
 _RESIDENT = {True: 1 << 28, False: 1 << 32}  # bytes of keys that stay on the devices between calls; more stream again
 QUERIES, KEYS = mesh.AXES[:1], mesh.AXES[1:]  # axes of the mesh that the two are split over
 
@@ -36,15 +34,19 @@ class Plan(NamedTuple):
     key_shares: int  # devices, or groups of them, that hold different keys
 
 
-def plan(n, m, d, block, over) -> Plan:
-    """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move."""
-    if block is None:
-        block = [max(TILE, min(rows, (1 << 22) // d)) for rows in _ROWS[_cpu()]]
+def plan(n, m, d, block, over, *, maxima: bool) -> Plan:
+    """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move.
+
+    maxima: only maxima of tiles are taken of the products, and these are of float32.
+    """
+    joined = maxima and d <= DEPTH and not early.old_kernels()
+    rows, blocks = (_JOINED if joined else _IN_CACHE) if _cpu() else _ACCELERATOR
+    block = block or [max(TILE, min(most, (1 << 22) // d)) for most in rows]
     if min(block) < 1:
         raise ValueError(f"block = {block}: both sizes must be positive")
     split = [math.prod(over.shape[axis] for axis in axes) if over else 1 for axes in (QUERIES, KEYS)]
     shares = []
-    for total, size, unit, most, parts in zip((n, m), block, (1, TILE), _BLOCKS[_cpu()], split, strict=True):
+    for total, size, unit, most, parts in zip((n, m), block, (1, TILE), blocks, split, strict=True):
         calls = -(-total // (size * most * parts)) or 1
         blocks = -(-total // (size * calls * parts)) * parts or parts
         rows = -(-total // (calls * blocks * unit)) * unit or unit

@@ -192,7 +192,8 @@ def test_rows_made_when_read_are_searched_as_they_are():
 
 def test_a_search_that_was_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "_LONG", 0)
-    monkeypatch.setitem(tiles._BLOCKS, True, (1, 1))
+    for name in ("_JOINED", "_IN_CACHE"):
+        monkeypatch.setattr(tiles, name, ((5, 64), (1, 1)))
     query, key = rows(0, 300, 8), rows(1, 500, 8)
     look_into, seen = neighbours._look_into, []
 
@@ -239,7 +240,7 @@ def test_as_on_an_accelerator(monkeypatch):
     """Its blocks: all keys and many queries a call."""
     monkeypatch.setattr(tiles, "_cpu", lambda: False)
     query, key = rows(0, 9000, 4), rows(1, 70_000, 4)
-    assert tiles.plan(9000, 70_000, 4, None, None)[:2] == (4500, 9000)
+    assert tiles.plan(9000, 70_000, 4, None, None, maxima=True)[:2] == (4500, 9000)
     for bf16 in (False, True):
         found = nearest(query, key, k=2, bf16=bf16)
         np.testing.assert_array_equal(found.index[::100], brute(query[::100], key, 2)[1])
