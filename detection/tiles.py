@@ -22,6 +22,7 @@ DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, wh
 # while it multiplies, so that a block of products is never in memory; one that is should stay in the cache. The host looks
 # into a tile once a call, so an accelerator, for which the host is slow, takes many queries a call.
 _JOINED, _IN_CACHE, _ACCELERATOR = ((16384, 2048), (1, 16)), ((1024, 1024), (16, 32)), ((8192, 8192), (64, 8))
+_JOINS = not early.old_kernels()
 _RESIDENT = {True: 1 << 28, False: 1 << 32}  # bytes of keys that stay on the devices between calls; more stream again
 QUERIES, KEYS = mesh.AXES[:1], mesh.AXES[1:]  # axes of the mesh that the two are split over
 
@@ -39,7 +40,7 @@ def plan(n, m, d, block, over, *, maxima: bool) -> Plan:
 
     maxima: only maxima of tiles are taken of the products, and these are of float32.
     """
-    joined = maxima and d <= DEPTH and not early.old_kernels()
+    joined = maxima and d <= DEPTH and _JOINS
     rows, blocks = (_JOINED if joined else _IN_CACHE) if _cpu() else _ACCELERATOR
     block = block or [max(TILE, min(most, (1 << 22) // d)) for most in rows]
     if min(block) < 1:
