@@ -196,11 +196,18 @@ def _field(lattice: np.ndarray, spacing: float, ticks: list[np.ndarray]) -> np.n
     """Evaluates spline fields at the grid of ticks (three 1D arrays, mm): (len z, len y, len x, fields)."""
     out = lattice
     for axis, (t, centre) in enumerate(zip(ticks, _CENTRE, strict=True)):
-        place = np.clip(t - centre + _EDGE, 0, 2 * _EDGE) / spacing + 1
-        distance = np.abs(place[:, None] - np.arange(lattice.shape[axis]))
-        basis = np.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, np.clip(2 - distance, 0, None) ** 3 / 6)
-        out = np.moveaxis(np.tensordot(basis.astype(np.float32), out, (1, axis)), 0, axis)
+        basis = _basis(tuple(t - centre), spacing, lattice.shape[axis])
+        out = np.moveaxis(np.tensordot(basis, out, (1, axis)), 0, axis)
     return out
+
+
+@functools.lru_cache(maxsize=64)  # most axes are the same for all subjects
+def _basis(offsets: tuple[float, ...], spacing: float, n: int) -> np.ndarray:
+    """Weights of n spline coefficients at positions in mm from the centre: (len(offsets), n)."""
+    place = np.clip(np.array(offsets) + _EDGE, 0, 2 * _EDGE) / spacing + 1
+    distance = np.abs(place[:, None] - np.arange(n))
+    basis = np.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, np.clip(2 - distance, 0, None) ** 3 / 6)
+    return basis.astype(np.float32)
 
 
 def _widen_ventricles(source: np.ndarray, amount: float) -> np.ndarray:
@@ -218,16 +225,15 @@ def _sample(source: np.ndarray, templates: tuple[np.ndarray, float]) -> np.ndarr
     limit = np.array(stack.shape[:3], np.float32) - 1
     place = np.clip((source - origin) / np.float32(voxel), 0, limit)
     low = np.minimum(place.astype(np.int32), (limit - 1).astype(np.int32))
-    part = place - low
+    part = np.moveaxis(place - low, -1, 0)
+    z, y, x = zip(1 - part, part, strict=True)  # of each axis the weights of its two sides
     strides = (stack.shape[1] * stack.shape[2], stack.shape[2], 1)
     index = low[..., 0] * strides[0] + low[..., 1] * strides[1] + low[..., 2]
     flat = stack.reshape(-1, stack.shape[3])
     total = np.zeros((*index.shape, stack.shape[3]), np.float32)
-    for corner in np.ndindex(2, 2, 2):
-        weight = np.ones(index.shape, np.float32)
-        for axis, side in enumerate(corner):
-            weight = weight * (part[..., axis] if side else 1 - part[..., axis])
-        total += weight[..., None] * flat.take(index + sum(s * k for s, k in zip(strides, corner, strict=True)), axis=0)
+    for i, j, k in np.ndindex(2, 2, 2):
+        corner = flat.take(index + (i * strides[0] + j * strides[1] + k), axis=0)
+        total += (z[i] * y[j] * x[k])[..., None] * corner
     return total
 
 
@@ -239,16 +245,19 @@ def _templates(factor: int) -> tuple[np.ndarray, float, np.ndarray]:
     """
     volumes = dict(_read_templates())
     brain = volumes["t1"] > 0
-    box = tuple(slice(int(k.min()), int(k.max()) + 1) for k in np.nonzero(brain))
+    inside = [np.flatnonzero(brain.any(axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    box = tuple(slice(int(k[0]), int(k[-1]) + 1) for k in inside)
     brain = brain[box]
     grey, white, t1 = (volumes[k][box] * (brain / np.float32(255)) for k in ("gm", "wm", "t1"))
     tissue = np.stack([grey, white, np.clip(brain - grey - white, 0, 1)], -1)
     # What the three tissues do not explain of the T1 template: deep nuclei and the like, in units of its full scale.
     flat = tissue.reshape(-1, 3)
     mix = np.linalg.solve(flat.T @ flat, flat.T @ t1.ravel())
-    stack = np.concatenate([tissue, (t1 - tissue @ mix)[..., None]], -1)
     # A rim of background on every side, so that clipping a position to the array reads background.
-    stack = np.pad(stack, [(factor, factor + -n % factor) for n in stack.shape[:3]] + [(0, 0)])
+    stack = np.zeros((*(n + 2 * factor + -n % factor for n in t1.shape), 4), np.float32)
+    middle = stack[tuple(slice(factor, factor + n) for n in t1.shape)]
+    middle[..., :3] = tissue
+    np.subtract(t1, tissue @ mix, out=middle[..., 3])
     origin = volumes["origin"] + [axis.start for axis in box] - factor + (factor - 1) / 2
     z, y, x, k = stack.shape
     stack = stack.reshape(z // factor, factor, y // factor, factor, x // factor, factor, k).mean((1, 3, 5))

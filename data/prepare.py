@@ -28,7 +28,9 @@ from tqdm import tqdm
 from data import files, listing, sandbox
 from data.shards import Report, Shard
 
-SERIAL_SECONDS = 5.0  # worker processes start only where more than this is left to do: each takes a second to start
+# A worker process takes a second to start. Where more than this is left to do, one is started, and this process goes on
+# itself; where more than that, one for every core.
+HELPED_SECONDS, SHARED_SECONDS = 1.5, 5.0
 SHARD_BYTES = 1 << 25
 SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share
 FORM = 2  # of what a prepared set says of itself; another one is made afresh
@@ -229,10 +231,11 @@ def _make(shards: list[Shard], shape, dtype: str, workers: int | None) -> None:
             done += len(shard.tasks)
             spent = time.monotonic() - begin[-1] if begin else 0.0
             rest = spent / max(1, done - 1) * (remaining - done)
-            if workers > 1 and spent > 0.5 and rest > SERIAL_SECONDS:
+            if workers > 1 and spent > 0.1 and rest > HELPED_SECONDS:
                 break
         if left:
-            _parallel(left, shape, dtype, workers, tick)
+            helped = rest <= SHARED_SECONDS
+            _parallel(left, shape, dtype, 1 if helped else workers, tick, here=helped)
 
 
 def write(shard: Shard, shape: Sequence[int], dtype: str, tick: Callable[[str], None]) -> None:
@@ -241,7 +244,8 @@ def write(shard: Shard, shape: Sequence[int], dtype: str, tick: Callable[[str], 
     builder.write_shard(shard.path, shard(tick), shape=shape, dtype=dtype)
 
 
-def _parallel(shards: list[Shard], shape, dtype: str, workers: int, tick: Callable[[str], None]) -> None:
+def _parallel(shards: list[Shard], shape, dtype: str, workers: int, tick: Callable[[str], None], here: bool) -> None:
+    """Workers make the shards; with `here` this process does, too, from the last one on."""
     children = queue.SimpleQueue()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     with contextlib.ExitStack() as stack:
@@ -251,8 +255,12 @@ def _parallel(shards: list[Shard], shape, dtype: str, workers: int, tick: Callab
             stack.callback(sandbox.stop, child)
             children.put(child)
         work = [pool.submit(_ask, children, shard, shape, dtype, tick) for shard in shards]
+        for shard, future in zip(reversed(shards), reversed(work), strict=True):
+            if here and future.cancel():  # no worker has begun it
+                write(shard, shape, dtype, tick)
         for future in concurrent.futures.as_completed(work):
-            future.result()
+            if not future.cancelled():
+                future.result()
 
 
 def _ask(children: queue.SimpleQueue, shard: Shard, shape, dtype: str, tick: Callable[[str], None]) -> None:

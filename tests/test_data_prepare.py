@@ -46,7 +46,8 @@ def second(make, task):
 @pytest.fixture
 def eager(monkeypatch):
     """Worker processes as soon as may be."""
-    monkeypatch.setattr(prepare, "SERIAL_SECONDS", 0.0)
+    monkeypatch.setattr(prepare, "HELPED_SECONDS", 0.0)
+    monkeypatch.setattr(prepare, "SHARED_SECONDS", 0.0)
 
 
 def test_workers_give_what_one_process_gives(tmp_path, eager):
@@ -58,6 +59,23 @@ def test_workers_give_what_one_process_gives(tmp_path, eager):
         values = [builder.Stored(p.folder, np.arange(99))[i] for p in (one, two)]
         np.testing.assert_array_equal(*values)
         assert abs(values[0] - (number / 50 - 1)).max() < 2e-5
+
+
+def signed(folder, i):
+    with open(folder / str(i), "a") as file:
+        file.write(f"{os.getpid()} ")
+    return sleepy(i)
+
+
+def test_short_work_is_done_by_one_worker_and_by_this_process(tmp_path, eager, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARED_SECONDS", 60.0)
+    signatures = tmp_path / "signatures"
+    signatures.mkdir()
+    done = made(functools.partial(signed, signatures), tmp_path / "2", workers=8, n=200)
+    assert done[1:] == made(square, tmp_path / "1", workers=1, n=200)[1:]
+    by = [path.read_text().split() for path in signatures.iterdir()]
+    assert len(by) == 200 and all(len(who) == 1 for who in by)
+    assert len({who for (who,) in by}) == 2 and [str(os.getpid())] in by
 
 
 def test_a_worker_that_dies_is_one_line_that_names_the_image(tmp_path, eager):
@@ -193,7 +211,7 @@ def test_old_remains_are_forgotten(tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_kill_leaves_nothing_half_done(tmp_path, workers):
     script = "from tests import test_data_prepare as t; from data import prepare; from pathlib import Path; import sys;"
-    script += f"prepare.SERIAL_SECONDS = 0.0; t.made(t.sleepy, Path(sys.argv[1]), workers={workers}, n=1000)"
+    script += f"prepare.HELPED_SECONDS = prepare.SHARED_SECONDS = 0.0; t.made(t.sleepy, Path(sys.argv[1]), workers={workers}, n=1000)"
     child = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT)
     present = lambda: [name for name in os.listdir(tmp_path) if not name.endswith(".lock")]
     written = lambda: [p for p in tmp_path.glob("*.partial/*/*/*/*array_record*") if p.name.endswith("-of-00063")]
