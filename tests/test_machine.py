@@ -1,4 +1,8 @@
-"""Who started a process, and what is told where the environment is half set."""
+"""Who started a process, what is told where the environment is half set, and how a CPU is used."""
+
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -91,3 +95,32 @@ def test_cores_are_devices_as_far_as_the_batches_divide():
     assert devices(8, [15]) == devices(1, [16]) == 1
     assert devices(8, [64, 128], 64**2, 2**17) == devices(2, [4], 64**3, 2**17) == 2
     assert devices(8, [16, 128], 64**2, 2**17) == 1
+
+
+def test_steps_are_in_line_where_every_batch_is_large():
+    assert machine.worth_keeping([16, 64], 64**2) and machine.worth_keeping([4], 24 * 32 * 24)
+    assert not machine.worth_keeping([16, 64], 32**2) and not machine.worth_keeping([], 64**3)
+
+
+FAULTS = """
+import sys, resource
+import numpy as np
+from launch import machine
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.full(100 << 20, 1, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "keep":
+    machine.keep_memory()
+print(faults(), faults(), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.35"), reason="needs glibc 2.35")
+def test_memory_that_is_kept_is_not_cleared_again():
+    of = lambda how: subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+    first, *later = map(int, of("keep").stdout.split())
+    assert first >= 50 and max(later) <= 5
+    assert min(map(int, of("leave").stdout.split())) >= 50

@@ -159,8 +159,8 @@ def start(case: dict) -> tuple[dict, Callable]:
     if jax.config.jax_num_cpu_devices < 1:
         # a UNet takes latents of images four times as large
         pixels = int(np.prod(case["size"])) * (4 ** len(case["size"]) if case.get("net") == "unet" else 1)
-        devices = machine.cpu_devices(machine.cores(), [case["batch"]], pixels, machine.worth_a_device())
-        jax.config.update("jax_num_cpu_devices", devices)
+        if machine.use_cores([case["batch"]], pixels) and jax.default_backend() == "cpu":
+            machine.keep_memory()
     jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
     mesh_ = mesh.make(1)
     with jax.set_mesh(mesh_):
