@@ -110,7 +110,7 @@ def worth_keeping(batches: Sequence[int], pixels: int) -> bool:
 
 def keep_memory() -> None:
     """Makes glibc keep what the main thread frees, of blocks up to 2 GiB, for what it asks next. Other C libraries are
-    left alone, glibc before 2.35 too, which refuses the first of these."""
+    left alone, older glibc too, which refuses a threshold above 32 MiB (2.36 takes it)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and mallopt(_MMAP_THRESHOLD, 2**31 - 1):
         mallopt(_TRIM_THRESHOLD, -1)
