@@ -28,8 +28,8 @@ from tqdm import tqdm
 from data import files, listing, sandbox
 from data.shards import Report, Shard
 
-# A worker process takes a second to start. Where more than this is left to do, one is started, and this process goes on
-# itself; where more than that, one for every core.
+# A worker process takes a second to start: one helps this process where more than HELPED_SECONDS are left to do, and where
+# more than SHARED_SECONDS are, one for every core does it all.
 HELPED_SECONDS, SHARED_SECONDS = 1.5, 5.0
 SHARD_BYTES = 1 << 25
 SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share

@@ -48,7 +48,7 @@ def start(batches: Sequence[int] = (), pixels: int = 1) -> None:
     keeps = not asked and use_cores(batches, pixels, alone=by is None)
     connect(by)
     refuse_a_cpu_for_a_gpu(os.environ, jax.default_backend())
-    if keeps and jax.default_backend() == "cpu":
+    if keeps:
         keep_memory()
     preempt.listen(os.environ.get("FACSIMILE_METADATA"))
 
@@ -102,15 +102,17 @@ def worth_keeping(batches: Sequence[int], pixels: int) -> bool:
     XLA asks for a step's working memory anew at every step. To a thread other than the main one glibc gives blocks of more
     than 64 MB as fresh pages, which the kernel must clear: a tenth of the time of a step. The main thread, on the other
     hand, cannot make the next batch ready while it runs the step. On two cores a training run with in-line steps and kept
-    memory does 1.05 to 1.1 times as many steps a second with batches of 16 images of 64x64 or of four volumes of 24x32x24,
-    and 0.85 with 16 images of 32x32; its largest memory is 0.92 to 0.95.
+    memory does 1.04 to 1.12 times as many steps a second with batches of 16 images of 64x64 or of four volumes of 24x32x24,
+    and 0.82 and 0.89 with 32 images of 32x32; its largest memory is 0.92 to 0.95.
     """
     return min(batches, default=0) * pixels >= 2**16
 
 
 def keep_memory() -> None:
-    """Makes glibc keep what the main thread frees, of blocks up to 2 GiB, for what it asks next. Other C libraries are
-    left alone, older glibc too, which refuses a threshold above 32 MiB (2.36 takes it)."""
+    """Where JAX runs on the CPU, makes glibc keep what the main thread frees, of blocks up to 2 GiB, for what it asks next.
+    Other C libraries are left alone, older glibc too, which refuses a threshold above 32 MiB (2.36 takes it)."""
+    if jax.default_backend() != "cpu":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and mallopt(_MMAP_THRESHOLD, 2**31 - 1):
         mallopt(_TRIM_THRESHOLD, -1)

@@ -71,10 +71,10 @@ def test_short_work_is_done_by_one_worker_and_by_this_process(tmp_path, eager, m
     monkeypatch.setattr(prepare, "SHARED_SECONDS", 60.0)
     signatures = tmp_path / "signatures"
     signatures.mkdir()
-    done = made(functools.partial(signed, signatures), tmp_path / "2", workers=8, n=200)
-    assert done[1:] == made(square, tmp_path / "1", workers=1, n=200)[1:]
+    done = made(functools.partial(signed, signatures), tmp_path / "2", workers=8, n=400)
+    assert done[1:] == made(square, tmp_path / "1", workers=1, n=400)[1:]
     by = [path.read_text().split() for path in signatures.iterdir()]
-    assert len(by) == 200 and all(len(who) == 1 for who in by)
+    assert len(by) == 400 and all(len(who) == 1 for who in by)
     assert len({who for (who,) in by}) == 2 and [str(os.getpid())] in by
 
 

@@ -159,7 +159,7 @@ def start(case: dict) -> tuple[dict, Callable]:
     if jax.config.jax_num_cpu_devices < 1:
         # a UNet takes latents of images four times as large
         pixels = int(np.prod(case["size"])) * (4 ** len(case["size"]) if case.get("net") == "unet" else 1)
-        if machine.use_cores([case["batch"]], pixels) and jax.default_backend() == "cpu":
+        if machine.use_cores([case["batch"]], pixels):
             machine.keep_memory()
     jax.config.update("jax_compilation_cache_dir", str(machine.cache_folder() / "xla"))
     mesh_ = mesh.make(1)
