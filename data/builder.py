@@ -67,6 +67,11 @@ class _Whole:
                 writer.write(record)
             writer.close()
             os.replace(aside, path)
+        except RuntimeError as error:  # as the writer tells of a full disk
+            if aside not in str(error):
+                raise
+            reason = str(error).split(";")[0]
+            raise ValueError(f"{aside}: {reason}; make room, or set data.cache to another disk") from None
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(aside)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def test_a_worker_that_dies_is_one_line_that_names_the_image(tmp_path, eager):
     with pytest.raises(ValueError, match=r"\d+: the worker process that read it died \(exit 7\); remove it"):
         made(fatal, tmp_path, workers=2)
     assert not any(name.endswith("-skip") for name in os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_written_is_one_line(tmp_path, eager, workers):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    try:
+        with pytest.raises(ValueError, match=r"array_record.*write\(\) failed: [^;]*; make room, or set data.cache"):
+            made(sleepy, tmp_path, workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert len(made(square, tmp_path).parts) == 99
 
 
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
