@@ -72,11 +72,7 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: Any, step: int | None 
       abstract: tree of arrays or ShapeDtypeStructs of the state; shardings follow from the shapes.
       step: the newest if None.
     """
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        mesh.shardings(abstract),
-    )
+    target = mesh.placed(abstract)
     step = checkpoints.latest_step() if step is None else step
     how = ocp.checkpoint_utils.construct_restore_args(target)
     return checkpoints.restore(step, args=ocp.args.PyTreeRestore(target, restore_args=how))

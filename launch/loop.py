@@ -1,8 +1,10 @@
 """The one training loop. A task is two pure functions; everything about machines and failures is here."""
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +139,21 @@ def in_parts(batch: Any, parts: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+def ahead(fn: Callable, *args: Any) -> futures.Future:
+    """Starts compiling the jitted `fn` for `args` (arrays or `ShapeDtypeStruct`s with shardings) in a thread, while this one
+    does something else; the result is called in place of `fn`."""
+    current = jax.sharding.get_mesh()
+
+    def compiled() -> Callable:
+        with jax.set_mesh(current):  # each thread has its own
+            return fn.lower(*args).compile()
+
+    thread = futures.ThreadPoolExecutor(1)
+    result = thread.submit(compiled)
+    thread.shutdown(wait=False)
+    return result
+
+
 def keep_best(state: State, loss: jax.Array) -> State:
     """Remembers the parameters if this selection loss is the lowest so far."""
     better = loss < state.best_loss
@@ -185,18 +202,15 @@ def fit(
         command goes on from there, on another number of processes if need be.
     """
     make = functools.partial(create, task=task, tx=tx, ema=ema, select=select)
-    abstract = jax.eval_shape(make, key)
-    shardings = mesh.shardings(abstract)
+    abstract = mesh.placed(jax.eval_shape(make, key))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    make_fn = jax.jit(make, out_shardings=shardings)
     init_key, step_key, prepare_key, eval_key = jax.random.split(key, 4)
     with preempt.noting() as told, checkpoint.manager(folder / "checkpoints") as checkpoints:
         start = checkpoints.latest_step() or 0
-        if start:
-            state = checkpoint.restore(checkpoints, abstract)
-        else:
-            state = jax.jit(make, out_shardings=shardings)(init_key)
-            log.say(f"{name}: {parameter_overview.count_parameters(state.params):,} parameters")
+        begin = lambda: checkpoint.restore(checkpoints, abstract) if start else make_fn(init_key)
         if start >= steps:
-            return state
+            return begin()
         several = jax.process_count() > 1
 
         @functools.wraps(train_step)
@@ -208,6 +222,14 @@ def fit(
             donate_argnums=0,
             out_shardings=(shardings, mesh.replicated()),
         )
+        stream = map(mesh.put, batches(start))
+        first = next(stream)
+        prepared = mesh.placed_rows(jax.eval_shape(prepare, first, prepare_key)) if prepare else first
+        told_of = lambda: [mesh.put(preempt.flags())] if several else []
+        compiling = ahead(step_fn, abstract, prepared, step_key, *told_of())
+        state = begin()
+        if not start:
+            log.say(f"{name}: {parameter_overview.count_parameters(state.params):,} parameters")
         loss_fn = jax.jit(lambda params, batch, key: task.loss(params, mesh.spread(batch), key))
         best_fn = jax.jit(keep_best, donate_argnums=0, out_shardings=shardings)
         metrics = log.Metrics(folder, start)
@@ -238,11 +260,10 @@ def fit(
                     metrics.window.clear()
 
         halted = False
-        for step, batch in zip(range(start, steps), batches(start), strict=False):
-            batch = mesh.put(batch)
+        for step, batch in zip(range(start, steps), itertools.chain([first], stream), strict=False):
             if prepare:
-                batch = prepare(batch, jax.random.fold_in(prepare_key, step))
-            state, values = step_fn(state, batch, step_key, *([mesh.put(preempt.flags())] if several else []))
+                batch = mesh.put_rows(prepare(batch, jax.random.fold_in(prepare_key, step)))
+            state, values = compiling.result()(state, batch, step_key, *told_of())
             pending.append((step, values))
             collect(waiting=2)
             done = step + 1

@@ -85,6 +85,15 @@ def shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, mesh.shape["fsdp"])), tree)
 
 
+def placed(tree: Any) -> Any:
+    """A tree of shapes with the shardings that such parameters, or such a train state, have."""
+    return jax.tree.map(_placed, tree, shardings(tree))
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def replicated() -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(jax.sharding.get_mesh(), REPLICATED)
@@ -95,15 +104,26 @@ def batch_spec(shape: tuple[int, ...], spatial: int) -> jax.P:
     return jax.P(BATCH_AXES, "spatial") if len(shape) >= 4 and shape[1] % spatial == 0 else jax.P(BATCH_AXES)
 
 
+def batch_sharding(x: Any) -> NamedSharding:
+    """Of one array, or shape, of a batch."""
+    mesh = jax.sharding.get_mesh()
+    return NamedSharding(mesh, batch_spec(x.shape, mesh.shape["spatial"]))
+
+
 def put(local: Any) -> Any:
     """This process's rows of a batch (a tree of host arrays) as global arrays split over all devices."""
-    mesh = jax.sharding.get_mesh()
-
-    def one(x: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, batch_spec(x.shape, mesh.shape["spatial"]))
-        return jax.make_array_from_process_local_data(sharding, x)
-
+    one = lambda x: jax.make_array_from_process_local_data(batch_sharding(x), x)
     return jax.tree.map(lambda x: one(np.asarray(x)), local)
+
+
+def put_rows(batch: Any) -> Any:
+    """A global batch split over all devices as `put` does it, however it was split before."""
+    return jax.device_put(batch, jax.tree.map(batch_sharding, batch))
+
+
+def placed_rows(batch: Any) -> Any:
+    """A tree of shapes of a global batch with the shardings that `put_rows` gives."""
+    return jax.tree.map(lambda leaf: _placed(leaf, batch_sharding(leaf)), batch)
 
 
 def put_whole(local: Any) -> Any:

@@ -92,7 +92,7 @@ SEVERAL = {players: PLAYERS[players] for players in ("vq, adversary", "vae", "ga
 def test_one_compile_of_the_step_and_a_killed_run_ends_in_the_same_bits(tmp_path, players):
     """Once for each set of players; killed before and after the adversary's start, which is at step 3."""
     kind, name, first = PLAYERS[players]
-    with jax.log_compiles(), _Compiles() as compiled:
+    with _Compiles() as compiled:
         whole = train(build(kind, tmp_path / "whole", first), name)
     assert compiled.count("train_step") == (2 if "adversarial" in first else 1), compiled.names
     for at in (1, 5):

@@ -102,14 +102,14 @@ def test_any_number_of_devices_agrees(tmp_path, mesh_of, devices, fsdp):
 
 
 def test_one_compile_for_each_function(tmp_path):
-    with jax.log_compiles(), _Compiles() as compiled:
+    with _Compiles() as compiled:
         run(tmp_path)
     assert compiled.count("train_step") == compiled.count("create") == 1, compiled.names
     assert compiled.count("keep_best") <= 1, compiled.names  # compiled by an earlier test, perhaps
 
 
 class _Compiles:
-    """Names of what JAX compiles in the meantime, from its log."""
+    """Names of what JAX compiles in the meantime, in whatever thread, from its log."""
 
     def __enter__(self):
         import logging
@@ -119,12 +119,14 @@ class _Compiles:
         self.handler.emit = lambda record: self.names.append(record.getMessage()[:60])
         self.logger = logging.getLogger("jax._src.interpreters.pxla")
         self.logger.addHandler(self.handler)
+        jax.config.update("jax_log_compiles", True)  # jax.log_compiles() is of this thread alone
         return self
 
     def count(self, name):
         return sum(f"Compiling jit({name})" in message for message in self.names)
 
     def __exit__(self, *_):
+        jax.config.update("jax_log_compiles", False)
         self.logger.removeHandler(self.handler)
 
 
@@ -241,7 +243,7 @@ def test_saving_and_restoring_compile_nothing(tmp_path, mesh_of):
         tree = {str(n): np.arange(n * 16.0 * 64).reshape(n * 16, 64) for n in (1, 2, 17)}
         tree = jax.tree.map(jax.device_put, tree, mesh.shardings(tree))
         assert {leaf.sharding.is_fully_replicated for leaf in tree.values()} == {True, False}
-        with jax.log_compiles(), _Compiles() as compiled:
+        with _Compiles() as compiled:
             checkpoint.publish(tmp_path, 1, tree)
             back = checkpoint.load(tmp_path, tree)
     assert not compiled.names
