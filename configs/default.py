@@ -234,7 +234,9 @@ def get_config(variant: str = "") -> ConfigDict:
             # training images that are laid over each image before the nearest is named: half of them its nearest by the
             # detector, half by spectra; 0: none, the verdict rests on the detector's embeddings alone, as the paper's does
             "register": 8,
-            "bf16": False,  # neighbours by products in bfloat16 first: faster on accelerators, with the same result
+            # Neighbours by products in bfloat16 first, with the same result: True is faster on accelerators, and None on CPUs
+            # that have matrix units for them.
+            "bf16": config_dict.placeholder(bool),
             "planted": 64,  # training patients copied in every kind and strength by the positive control
             # folder for the synthetic images without their copies and what goes with them; None: nothing is released
             "release": config_dict.placeholder(str),

@@ -1,12 +1,13 @@
 """Exact nearest neighbours by correlation, in memory that depends on the block and not on the number of images.
 
-A step on the devices multiplies blocks of queries with blocks of keys in float32 and keeps, for each query, only
-the largest product of every tile of 64 consecutive keys, and of those maxima the few largest. The top k keys of a
-query lie in the k tiles with the largest maxima, so only these are looked into again, on the host: in float32, and those
-keys that float32 does not tell from the k-th best in float64. Every similarity that is returned is a float64 dot product
-rounded to float32, and every choice is checked against a bound of the error of the float32 products; the rare query that
-fails the check (more equal keys than tiles kept) is searched again in float64 (with bfloat16 products, whose bound is
-wider: in float32). The result is therefore the same for every block size, number of devices and precision.
+A step on the devices multiplies blocks of queries with blocks of keys, in float32 or bfloat16, and keeps, for each query,
+only the largest product of every tile of 64 consecutive keys, and of those maxima the few largest. But for the error of
+the products, the top k keys of a query lie in the k tiles with the largest maxima, so only these, and others within that
+error, are looked into again, on the host: in float32, and those keys that float32 does not tell from the k-th best in
+float64. Every similarity that is returned is a float64 dot product rounded to float32, and every choice is checked against
+a bound of the products' error; the rare query that fails the check (more equal keys than tiles kept) is searched again in
+float64 (with bfloat16 products, whose bound is wider: in float32). The result is therefore the same for every block size,
+number of devices and precision.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from jax.experimental import multihost_utils
 from detection import tiles
 from launch import mesh, stage
 
-_SPARE = 3  # tiles kept beyond k, so that near ties seldom need the search in float64
-_LOOK = 1 << 20  # numbers of queries that are looked into at once
+_SPARE = {False: 3, True: 7}  # tiles kept beyond k, so that near ties seldom need another search; of bfloat16 products
+_LOOK = 1 << 17  # numbers of queries that are looked into at once: they stay in the cache
 _LONG = 1 << 43  # multiplications of a search that keeps what is done; some two minutes of two cores
 
 
@@ -83,23 +84,24 @@ def nearest(
     *,
     k: int = 1,
     block: tuple[int, int] | None = None,
-    bf16: bool = False,
+    bf16: bool | None = None,
     keep: Path | None = None,
 ) -> Neighbours:
     """The k keys with the largest dot product to each query; equal similarities go to the smaller index.
 
     query_NxD, key_MxD: float32 rows as `standardise` gives them; numpy arrays, memory maps or `Rows`, read part by part,
     so they may be larger than the devices' memory. block: (queries, keys) multiplied at once; bf16: in that precision
-    first. Both change the speed and the memory, never the result. keep: folder where a search of minutes keeps what is
-    done, under the hash of all it depends on, so that one that was stopped goes on; emptied at the end. Raises ValueError
-    for k < 1, k > M, unequal D, or NaN.
+    first (None: where `tiles.multiplies_bf16`). Both change the speed and the memory, never the result. keep: folder where
+    a search of minutes keeps what is done, under the hash of all it depends on, so that one that was stopped goes on;
+    emptied at the end. Raises ValueError for k < 1, k > M, unequal D, or NaN.
     """
     query_NxD, key_MxD = _pair(query_NxD, key_MxD)
     n, m = len(query_NxD), len(key_MxD)
     if not 1 <= k <= m:
         raise ValueError(f"k = {k} neighbours asked of {m} keys; k must lie in 1 to {m}")
     over = tiles.current()
-    plan = tiles.plan(n, m, query_NxD.shape[1], block, over, maxima=not bf16)
+    bf16 = tiles.multiplies_bf16() if bf16 is None else bf16
+    plan = tiles.plan(n, m, query_NxD.shape[1], block, over, maxima=True)
     read_keys = tiles.reader(key_MxD, plan, over)
     kept = _Kept(query_NxD, key_MxD, k, plan, keep) if keep and n * m * query_NxD.shape[1] >= _LONG else None
     packed_Nxk = np.empty((n, k), np.int64)
@@ -109,7 +111,7 @@ def nearest(
             return _pack(*_search_exactly(query, key_MxD, k))
         rows = 1 << (len(query) - 1).bit_length()  # few shapes, few compilations
         filled = np.concatenate([query, np.repeat(query[-1:], rows - len(query), 0)])
-        return _pack(*nearest(filled, key_MxD, k=k, block=block))[: len(query)]
+        return _pack(*nearest(filled, key_MxD, k=k, block=block, bf16=False))[: len(query)]
 
     def settle(start, found):
         query = query_NxD[start : start + plan.query_rows]
@@ -129,7 +131,7 @@ def nearest(
             packed_Nxk[start : start + len(done)] = done
             continue
         query = tiles.padded(query_NxD, start, plan.query_rows, plan.queries, over, tiles.QUERIES)
-        found = tiles.nothing((plan.key_shares, *query.shape[:2], k + _SPARE), over)
+        found = tiles.nothing((plan.key_shares, *query.shape[:2], k + _SPARE[bf16]), over)
         for first in range(0, m, plan.key_rows):
             found = tiles.keep(query, *read_keys(first), found, m, over=over, bf16=bf16)
         if pending:  # the host settles one group of queries while the devices multiply the next
@@ -160,7 +162,7 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
     for start in range(0, n, plan.query_rows):
         stop = min(start + plan.query_rows, n)
         query = tiles.padded(query_NxD, start, plan.query_rows, plan.queries, over, tiles.QUERIES)
-        slack = float(_error(query_NxD[start:stop], reach).max())
+        slack = float(_errors(query_NxD[start:stop], reach)[0].max())
         counts = tiles.put(np.zeros((plan.key_shares, *query.shape[:2], 2), np.int32), over, tiles.KEYS, tiles.QUERIES)
         for first in range(0, m, plan.key_rows):
             counts = tiles.count(query, *read_keys(first), counts, tau + slack, tau - slack, m, over=over)
@@ -175,32 +177,50 @@ def count_above(query_NxD, key_MxD, tau: float, *, block: tuple[int, int] | None
 def _look_into(query_NxD, key_MxD, peak_Nxc, tile_Nxc, reach, k, bf16):
     """Exact top k from the kept tiles, packed (N, k), and for which queries they are sure to be the top k (N,).
 
-    With peaks wrong by at most e, the k-th best similarity is at least f = the k-th largest peak - e, a tile that
-    holds one as large has a peak of at least f - e, and no key of a dropped tile exceeds the last kept peak + e.
+    With peaks wrong by at most e, each of the k tiles with the largest peaks has a key as large as f = the k-th largest
+    peak - e. The k-th best of their keys, b, is at least f; a tile with a better key has a peak of at least b - e, and no
+    key of a dropped tile exceeds the last kept peak + e.
     """
     n, keep = peak_Nxc.shape
-    error_N = _error(query_NxD, reach, bf16)
-    floor_N = peak_Nxc[:, k - 1] - error_N
-    row, slot = np.nonzero((tile_Nxc >= 0) & (peak_Nxc >= (floor_N - error_N)[:, None]))
-    tile = tile_Nxc[row, slot]
-    order = np.argsort(tile, kind="stable")
-    least_N = floor_N - _error(query_NxD, reach, depth=query_NxD.shape[1])  # for a float32 product by the host
+    error_N, rounding_N = _errors(query_NxD, reach, bf16)
+    first, later = peak_Nxc[:, :k], peak_Nxc[:, k:]
+    floor_N = first[:, -1] - error_N
+    packed_Nxk = _best(
+        *_hits(query_NxD, key_MxD, *np.nonzero(tile_Nxc[:, :k] >= 0), tile_Nxc, floor_N - rounding_N), n, k
+    )
+    best_N = _unpack(packed_Nxk[:, -1])[0]
+    row, slot = np.nonzero((tile_Nxc[:, k:] >= 0) & (later >= (best_N - error_N)[:, None]))
+    if len(row):
+        found = _hits(query_NxD, key_MxD, row, slot + k, tile_Nxc, best_N - rounding_N)
+        known = np.repeat(np.arange(n), k), packed_Nxk.ravel()
+        packed_Nxk = _best(*(np.concatenate(pair) for pair in zip(known, found, strict=True)), n, k)
+    dropped = keep < -(-len(key_MxD) // tiles.TILE)
+    sure_N = _unpack(packed_Nxk[:, -1])[0] > peak_Nxc[:, -1] + error_N if dropped else np.ones(n, bool)
+    return packed_Nxk, sure_N
+
+
+def _hits(query_NxD, key_MxD, row_P, slot_P, tile_Nxc, least_N):
+    """Of the tiles in these places of `tile_Nxc` the keys with a float32 product of at least `least_N`: rows (P,) of the
+    queries, and the pairs packed (P,)."""
     least_N = np.maximum(least_N, np.finfo(np.float32).min)  # never reached by places after the last key
+    tile_P = tile_Nxc[row_P, slot_P]
+    order = np.argsort(tile_P, kind="stable")
     rows, pairs, most = [], [], max(1, _LOOK // query_NxD.shape[1])
     for start in range(0, max(1, len(order)), most):  # once for none: of few queries, a process may have no share
         part = order[start : start + most]
-        asked, first = row[part], tile[part] * tiles.TILE
+        asked, first = row_P[part], tile_P[part] * tiles.TILE
         sim_PxT = _tile_products(query_NxD[asked], key_MxD, first)
         hit, column = np.divmod(np.flatnonzero(sim_PxT >= least_N[asked, None]), tiles.TILE)
         rows.append(asked[hit])
         pairs.append(_pack(_pair_dots(query_NxD, rows[-1], key_MxD, first[hit] + column), first[hit] + column))
-    rows, pairs = np.concatenate(rows), np.concatenate(pairs)
-    order = np.lexsort((~pairs, rows))
-    start_N = np.searchsorted(rows[order], np.arange(n))
-    packed_Nxk = pairs[order][start_N[:, None] + np.arange(k)]
-    dropped = keep < -(-len(key_MxD) // tiles.TILE)
-    sure_N = _unpack(packed_Nxk[:, -1])[0] > peak_Nxc[:, -1] + error_N if dropped else np.ones(n, bool)
-    return packed_Nxk, sure_N
+    return np.concatenate(rows), np.concatenate(pairs)
+
+
+def _best(row_P, packed_P, n: int, k: int) -> np.ndarray:
+    """The k largest of the pairs of each row, descending (n, k); each row has as many."""
+    order = np.lexsort((~packed_P, row_P))
+    start_N = np.searchsorted(row_P[order], np.arange(n))
+    return packed_P[order][start_N[:, None] + np.arange(k)]
 
 
 def _search_exactly(query_NxD, key_MxD, k, rows=256, keys=8192):
@@ -277,17 +297,19 @@ def _largest(packed_NxM, k) -> np.ndarray:
     return np.sort(top, axis=1)[:, ::-1]
 
 
-def _error(query_NxD, reach: float, bf16: bool = False, depth: int = tiles.DEPTH) -> np.ndarray:
-    """Bound of |float32 product - returned similarity|: Higham, Accuracy and Stability, section 3.1, and Cauchy-Schwarz.
+def _errors(query_NxD, reach: float, bf16: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of |product - returned similarity| of the devices' products, summed in parts of `tiles.DEPTH`, and of the
+    host's in float32, (N,) each: Higham, Accuracy and Stability, section 3.1, and Cauchy-Schwarz.
 
-    depth: terms that are summed in one go. Rounding both factors to bfloat16, of 8 bits, adds less than 2 * 2^-8 + 2^-16.
+    Rounding both factors to bfloat16, of 8 bits, adds less than 2 * 2^-8 + 2^-16.
     """
     d = query_NxD.shape[1]
-    units = (min(d, depth) + -(-d // depth) + 2) * np.float32(2**-24) + bf16 * np.float32(2**-7 + 2**-15)
-    error_N = units * _norms(query_NxD) * np.float32(reach)
-    if not np.isfinite(error_N).all():
+    size_N = _norms(query_NxD) * np.float32(reach)
+    if not np.isfinite(size_N).all():
         raise ValueError("the embeddings hold NaN or infinity; mend them first")
-    return error_N.astype(np.float32)
+    parts = min(d, tiles.DEPTH) + -(-d // tiles.DEPTH) + 2, d + 3
+    device, host = (np.float32(sums * 2.0**-24) for sums in parts)
+    return (device + bf16 * np.float32(2**-7 + 2**-15)) * size_N, host * size_N
 
 
 def _norms(x_NxD) -> np.ndarray:

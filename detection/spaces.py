@@ -55,7 +55,7 @@ def chosen(
     untrained: Callable[[jax.Array], jax.Array],
     ssim: Callable[[jax.Array, jax.Array], jax.Array],
     latents: Callable[[jax.Array], jax.Array] | None,
-    bf16: bool = False,
+    bf16: bool | None = None,
 ) -> dict[str, Space]:
     """The spaces of these names, of NAMES; ValueError for another.
 
@@ -83,13 +83,13 @@ def chosen(
 
 
 def by_correlation(
-    embed: Callable[[jax.Array], jax.Array], note: str = "Pearson correlation of vectors", *, bf16: bool = False
+    embed: Callable[[jax.Array], jax.Array], note: str = "Pearson correlation of vectors", *, bf16: bool | None = None
 ) -> Space:
     """A space of vectors: a detector, trained or not; an autoencoder's latents; pixels (`views.pixels`)."""
     return Space(embed, lambda query_QxD, train_NxD: nearest(query_QxD, train_NxD, 1, bf16), note)
 
 
-def nearest(query_QxD: np.ndarray, train_NxD: np.ndarray, k: int, bf16: bool) -> neighbours.Neighbours:
+def nearest(query_QxD: np.ndarray, train_NxD: np.ndarray, k: int, bf16: bool | None) -> neighbours.Neighbours:
     """`neighbours.nearest`; a long search keeps what is done beside the file of the training images' rows."""
     source = train_NxD.source if isinstance(train_NxD, neighbours.Rows) else train_NxD
     keep = Path(source.filename).parent if isinstance(source, np.memmap) and source.filename else None
@@ -100,7 +100,7 @@ def registered(
     embed: Callable[[jax.Array], jax.Array],
     image_shape: tuple[int, ...],
     candidates: int,
-    bf16: bool = False,
+    bf16: bool | None = None,
 ) -> Space:
     """The space of the verdict: embeddings and spectra find candidates, and laying one image over the other decides.
 
@@ -141,7 +141,7 @@ def registered(
 
 
 def alike(
-    query_QxD: np.ndarray, train_NxD: np.ndarray, shape: tuple[int, ...], count: int, bf16: bool = False
+    query_QxD: np.ndarray, train_NxD: np.ndarray, shape: tuple[int, ...], count: int, bf16: bool | None = None
 ) -> np.ndarray:
     """Indices (Q, count) of the training images whose spectra correlate most with the query's, as it is or mirrored.
 
@@ -205,7 +205,7 @@ def by_pairs(
     flips: bool,
     candidates: int = CANDIDATES,
     batch: int = 256,
-    bf16: bool = False,
+    bf16: bool | None = None,
 ) -> Space:
     """A space of a score of two images, (B, *S, C) twice -> (B,), say SSIM.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from launch import early, mesh
+from launch import early, machine, mesh
 
 TILE = 64  # keys a maximum is taken over: few enough to look into again, enough to make the maxima 64 times fewer
 DEPTH = 1024  # dimensions summed in one go; longer rows are summed in parts, which bounds the rounding error
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 def plan(n, m, d, block, over, *, maxima: bool) -> Plan:
     """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move.
 
-    maxima: only maxima of tiles are taken of the products, and these are of float32.
+    maxima: only maxima of tiles are taken of the products.
     """
     joined = maxima and d <= DEPTH and _JOINS
     rows, blocks = (_JOINED if joined else _IN_CACHE) if _cpu() else _ACCELERATOR
@@ -59,6 +59,12 @@ def plan(n, m, d, block, over, *, maxima: bool) -> Plan:
 
 def _cpu() -> bool:
     return jax.default_backend() == "cpu"
+
+
+def multiplies_bf16() -> bool:
+    """Whether products in bfloat16 are so much faster than in float32 that a search had better begin with them: on CPUs with
+    matrix units for them (Intel's AMX), four times."""
+    return _cpu() and _JOINS and "amx_bf16" in machine.processor()
 
 
 def current():
@@ -130,15 +136,12 @@ def keep(query_SxQxD, key_RxKxD, first_R, found, stop, *, over, bf16):
     tiles with the largest maxima. `found`: peaks and tiles (shares, S, Q, c), and the largest norm of a key (shares,)."""
 
     def local(query_SxQxD, key_RxKxD, first_R, found, stop):
-        begin_G = (first_R[:, None] + jnp.arange(0, key_RxKxD.shape[1], TILE)).ravel()
+        begin_RxG = first_R[:, None] + jnp.arange(0, key_RxKxD.shape[1], TILE)
 
         def against(query_QxD, peak_Qxc, tile_Qxc):
             maxima_RxQxG = jax.lax.map(lambda key_KxD: _maxima(products(query_QxD, key_KxD, bf16)), key_RxKxD)
-            peak_QxG = jnp.moveaxis(maxima_RxQxG, 0, 1).reshape(len(query_QxD), -1)
-            peak = jnp.concatenate([peak_Qxc, jnp.where(begin_G < stop, peak_QxG, -jnp.inf)], 1)
-            tile = jnp.concatenate([tile_Qxc, jnp.broadcast_to(begin_G // TILE, peak_QxG.shape)], 1)
-            peak, best = _largest(peak, peak_Qxc.shape[1])
-            return peak, jnp.take_along_axis(tile, best, 1)
+            maxima_RxQxG = jnp.where(begin_RxG[:, None] < stop, maxima_RxQxG, -jnp.inf)
+            return _largest(peak_Qxc, tile_Qxc, maxima_RxQxG, begin_RxG // TILE)
 
         peak, tile, reach = (x[0] for x in found)
         peak, tile = jax.lax.map(lambda one: against(*one), (query_SxQxD, peak, tile))
@@ -158,17 +161,29 @@ def _maxima(sim_QxK):
     return sim_QxK.reshape(len(sim_QxK), -1, TILE).max(-1)
 
 
-def _largest(x_NxG, c: int):
-    """`jax.lax.top_k`: on a CPU it runs on one core and takes 1.5 to 1.8 times as long as the few maxima that are wanted."""
-    if not _cpu() or c > 8:
-        return jax.lax.top_k(x_NxG, c)
-    place, left_NxG, found = jnp.arange(x_NxG.shape[1]), jnp.ones(x_NxG.shape, bool), []
-    for _ in range(c):
-        largest = jnp.where(left_NxG, x_NxG, -jnp.inf).max(1, keepdims=True)
-        at = jnp.where(left_NxG & (x_NxG == largest), place, x_NxG.shape[1] - 1).min(1, keepdims=True)
-        found.append((largest, at))
-        left_NxG &= place != at
-    return tuple(jnp.concatenate(parts, 1) for parts in zip(*found, strict=True))
+def _largest(peak_Qxc, tile_Qxc, maxima_RxQxG, tile_RxG):
+    """The c largest maxima, and their tiles, among those that were kept and those of R more blocks.
+
+    On a CPU each tile in turn is put in its place for all queries at once: `jax.lax.top_k` would run on one core.
+    """
+    q, c = peak_Qxc.shape
+    if not _cpu() or c > 16:
+        peak = jnp.concatenate([peak_Qxc, jnp.moveaxis(maxima_RxQxG, 0, 1).reshape(q, -1)], 1)
+        tile = jnp.concatenate([tile_Qxc, jnp.broadcast_to(tile_RxG.ravel(), (q, tile_RxG.size))], 1)
+        peak, best = jax.lax.top_k(peak, c)
+        return peak, jnp.take_along_axis(tile, best, 1)
+
+    def place(kept, one):
+        (peak_cxQ, tile_cxQ), (peak_Q, tile) = kept, one
+        above = [peak_Q > peak for peak in peak_cxQ]  # they descend: the new one goes before all that it is above
+        moved = lambda kept, new: [
+            jnp.where(above[i], jnp.where(above[i - 1], kept[i - 1], new) if i else new, kept[i]) for i in range(c)
+        ]
+        return tuple(jnp.stack(moved(*pair)) for pair in ((peak_cxQ, peak_Q), (tile_cxQ, tile))), None
+
+    maxima_GxQ = jnp.swapaxes(maxima_RxQxG, 1, 2).reshape(-1, q)
+    (peak_cxQ, tile_cxQ), _ = jax.lax.scan(place, (peak_Qxc.T, tile_Qxc.T), (maxima_GxQ, tile_RxG.ravel()), unroll=4)
+    return peak_cxQ.T, tile_cxQ.T
 
 
 @functools.partial(jax.jit, donate_argnums=3, static_argnames="over")

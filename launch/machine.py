@@ -1,9 +1,11 @@
 """Start of a process: processes find each other, compilations are kept, and errors a user can mend are one line."""
 
 import ctypes
+import functools
 import importlib.util
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +63,14 @@ def refuse_a_cpu_for_a_gpu(env: Mapping[str, str], backend: str) -> None:
             f"CUDA_VISIBLE_DEVICES={asked} names GPUs, but JAX sees none and would run on the CPU: install jax[cuda13] or "
             "jax[cuda12] (docs/studies.md), or ask for the CPU with JAX_PLATFORMS=cpu"
         )
+
+
+@functools.cache
+def processor() -> frozenset[str]:
+    """What this machine's processor can do, as Linux names it; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    said = re.search(r"^flags\s*:(.*)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return frozenset(said[1].split() if said else ())
 
 
 def cores() -> int:

@@ -58,14 +58,14 @@ def start(case: dict) -> tuple[dict, Callable]:
     return {}, lambda: neighbours.nearest(query, key)
 
 
-def peak(queries: int, keys: int = 200_000, bf16: bool = False) -> dict:
+def peak(queries: int, keys: int = 200_000, bf16: bool | None = None) -> dict:
     """Time and largest memory of a search among so many keys, and what of the memory was there before it."""
     import time
 
     from detection import neighbours
 
     query, key = rows(0, queries), rows(1, keys)
-    neighbours.nearest(query[:64], key[:64])
+    neighbours.nearest(query[:64], key[:64], bf16=bf16)
     size = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     before, begin = size(), time.perf_counter()
     neighbours.nearest(query, key, bf16=bf16)
@@ -76,6 +76,6 @@ if __name__ == "__main__":
     if "faiss" not in sys.argv[1]:
         early.loaded()
     if sys.argv[1].isdigit():
-        print(json.dumps(peak(*map(int, filter(str.isdigit, sys.argv[1:])), bf16="bf16" in sys.argv)))
+        print(json.dumps(peak(*map(int, filter(str.isdigit, sys.argv[1:])), bf16="bf16" in sys.argv or None)))
     else:
         _sides.serve(start)
