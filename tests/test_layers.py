@@ -1,5 +1,7 @@
 """Layers against independent numpy, and the parameter rule."""
 
+import re
+
 import flax
 import flax.linen as nn
 import jax
@@ -39,6 +41,37 @@ def test_conv_is_correlation_at_any_rank(rank, k, stride, seed):
     strides = (stride, *rng.integers(1, 3, rank - 1))
     ours = jax.jit(layers.conv, static_argnums=2)(x, kernel, tuple(int(s) for s in strides))
     np.testing.assert_allclose(ours, reference_conv(x, kernel, strides), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.lists(st.integers(5, 9), min_size=1, max_size=2),
+    k=st.integers(1, 5),
+    stride=st.integers(1, 3),
+    pad=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_gradients_of_a_convolution_on_a_cpu_are_jaxs_own(size, k, stride, pad, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, *size, 2)).astype(np.float32)
+    kernel = rng.standard_normal((*rng.integers(1, k + 1, len(size)), 2, 4)).astype(np.float32)
+    strides = (stride, *rng.integers(1, 3, len(size) - 1).tolist())
+    padding = tuple((p, p) for p in (pad, *rng.integers(0, 3, len(size) - 1).tolist()))
+    y, own = jax.vjp(lambda x, kernel: layers._convolve(x, kernel, strides, padding), x, kernel)
+    ours, gradient = jax.vjp(lambda x, kernel: layers._conv_on_cpu(x, kernel, strides, padding), x, kernel)
+    np.testing.assert_array_equal(ours, y)
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    for one, other in zip(gradient(dy), own(dy), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_in_a_loop_are_of_the_kind_that_is_fast():
+    """XLA for CPUs makes slow loops of those whose axes come in another order."""
+    x, kernel = jnp.ones((2, 3, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    loss = lambda kernel, x: (layers.conv(jnp.tanh(layers.conv(x, kernel, (1, 1))), kernel, (2, 2)) ** 2).sum()
+    steps = jax.jit(lambda kernel, x: jax.lax.scan(lambda k, one: (k - jax.grad(loss)(k, one), None), kernel, x)[0])
+    convolutions = re.findall(r"dim_labels=(\S+?),", steps.lower(kernel, x).compile().as_text())
+    assert len(convolutions) >= 5 and set(convolutions) == {"b01f_01io->b01f"}, convolutions
 
 
 @pytest.mark.parametrize("layer", [layers.Conv(3, kernel=5), layers.Dense(3), layers.GroupNorm(groups=2)])
