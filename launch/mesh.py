@@ -164,7 +164,7 @@ def over_slabs(
         parts = [jax.lax.ppermute(x[:, -before:], "spatial", down)] if before else []
         parts += [x]
         parts += [jax.lax.ppermute(x[:, :after], "spatial", up)] if after else []
-        return fn(jnp.concatenate(parts, axis=1), weights)
+        return fn(jnp.concatenate(parts, axis=1), jax.lax.pcast(weights, AXES, to="varying"))
 
     spec = jax.P(BATCH_AXES, "spatial")
     return jax.shard_map(local, in_specs=(spec, jax.P()), out_specs=spec)(x, weights)
@@ -174,7 +174,10 @@ def over_rows(fn: Callable, x: jax.Array, weights: jax.Array) -> jax.Array:
     """`fn(x, weights)` on whole images: where a mesh splits them they are gathered first, each group of devices alike."""
     if _spatial(x) == 1:
         return fn(x, weights)
-    return jax.shard_map(fn, in_specs=(jax.P(BATCH_AXES), jax.P()), out_specs=jax.P(BATCH_AXES))(x, weights)
+    local = lambda x, weights: fn(
+        x, jax.lax.pcast(weights, BATCH_AXES, to="varying")
+    )  # each device's own gradient of them
+    return jax.shard_map(local, in_specs=(jax.P(BATCH_AXES), jax.P()), out_specs=jax.P(BATCH_AXES))(x, weights)
 
 
 def _spatial(x: jax.Array) -> int:
