@@ -106,24 +106,26 @@ def nearest(
     kept = _Kept(query_NxD, key_MxD, k, plan, keep) if keep and n * m * query_NxD.shape[1] >= _LONG else None
     packed_Nxk = np.empty((n, k), np.int64)
 
-    def again(query):
+    def again(query, bf16):
         if not bf16:
             return _pack(*_search_exactly(query, key_MxD, k))
-        rows = 1 << (len(query) - 1).bit_length()  # few shapes, few compilations
+        rows = min(1 << (len(query) - 1).bit_length(), -(-len(query) // 1024) * 1024)  # few shapes, few compilations
         filled = np.concatenate([query, np.repeat(query[-1:], rows - len(query), 0)])
         return _pack(*nearest(filled, key_MxD, k=k, block=block, bf16=False))[: len(query)]
 
-    def settle(start, found):
+    def settle(start, found, bf16):
+        """Of one group of queries; the share whose neighbours are sure."""
         query = query_NxD[start : start + plan.query_rows]
         peak_Nxc, tile_Nxc, reach = tiles.merged(*mesh.fetch(found), len(query))
         own = _share(len(query))
         looked = _look_into(query[own], key_MxD, peak_Nxc[own], tile_Nxc[own], reach, k, bf16)
         packed, sure = _gathered(*looked, len(query))
         if not sure.all():
-            packed[~sure] = again(query[~sure])
+            packed[~sure] = again(query[~sure], bf16)
         packed_Nxk[start : start + len(query)] = packed
         if kept:
             kept.write(start, packed)
+        return sure.mean()
 
     pending = ()
     for start in range(0, n, plan.query_rows):
@@ -134,9 +136,10 @@ def nearest(
         found = tiles.nothing((plan.key_shares, *query.shape[:2], k + _SPARE[bf16]), over)
         for first in range(0, m, plan.key_rows):
             found = tiles.keep(query, *read_keys(first), found, m, over=over, bf16=bf16)
-        if pending:  # the host settles one group of queries while the devices multiply the next
-            settle(*pending)
-        pending = start, found
+        last, pending = pending, (start, found, bf16)
+        if last:  # the host settles one group of queries while the devices multiply the next
+            sure = settle(*last)
+            bf16 = bf16 and bool(sure > 0.5)  # else keys are so alike that bfloat16 does not tell them apart
     if pending:
         settle(*pending)
     if kept:

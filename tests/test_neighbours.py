@@ -191,6 +191,16 @@ def test_bf16_products_keep_their_error_bound():
     assert (error <= bound[:, None]).all() and error.max() > 1e-3
 
 
+def test_a_search_in_bfloat16_goes_on_in_float32_where_keys_are_too_alike(monkeypatch):
+    key = standardise(rows(0, 1, 64) + 0.02 * rows(1, 2000, 64))
+    query, keep, used = standardise(key[:600] + 0.001 * rows(2, 600, 64)), tiles.keep, []
+    monkeypatch.setattr(tiles, "_JOINED", ((10, 2048), (1, 1)))
+    monkeypatch.setattr(tiles, "_IN_CACHE", ((10, 2048), (1, 1)))
+    monkeypatch.setattr(tiles, "keep", lambda *args, bf16, over: used.append(bf16) or keep(*args, bf16=bf16, over=over))
+    np.testing.assert_array_equal(nearest(query, key, k=2, bf16=True).index, brute(query, key, 2)[1])
+    assert used[0] and not used[-1] and used.count(True) == 2
+
+
 def test_rows_made_when_read_are_searched_as_they_are():
     query, key = rows(0, 70, 8), rows(1, 900, 8)
     turned = lambda x: neighbours.Rows(x[:, ::-1], lambda part: part[:, ::-1], 8)
