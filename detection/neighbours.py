@@ -100,8 +100,9 @@ def nearest(
     if not 1 <= k <= m:
         raise ValueError(f"k = {k} neighbours asked of {m} keys; k must lie in 1 to {m}")
     over = tiles.current()
-    bf16 = tiles.multiplies_bf16() if bf16 is None else bf16
-    plan = tiles.plan(n, m, query_NxD.shape[1], block, over, maxima=True)
+    fast = tiles.multiplies_bf16()
+    bf16 = fast if bf16 is None else bf16
+    plan = tiles.plan(n, m, query_NxD.shape[1], block, over, maxima=fast or not bf16)
     read_keys = tiles.reader(key_MxD, plan, over)
     kept = _Kept(query_NxD, key_MxD, k, plan, keep) if keep and n * m * query_NxD.shape[1] >= _LONG else None
     packed_Nxk = np.empty((n, k), np.int64)

@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 def plan(n, m, d, block, over, *, maxima: bool) -> Plan:
     """Even shares, so that padding is small and one shape serves all calls; keys in whole tiles, so tiles never move.
 
-    maxima: only maxima of tiles are taken of the products.
+    maxima: only maxima of tiles are taken of the products, and these are of a kind that the CPU multiplies fast.
     """
     joined = maxima and d <= DEPTH and _JOINS
     rows, blocks = (_JOINED if joined else _IN_CACHE) if _cpu() else _ACCELERATOR

@@ -174,9 +174,8 @@ def over_rows(fn: Callable, x: jax.Array, weights: jax.Array) -> jax.Array:
     """`fn(x, weights)` on whole images: where a mesh splits them they are gathered first, each group of devices alike."""
     if _spatial(x) == 1:
         return fn(x, weights)
-    local = lambda x, weights: fn(
-        x, jax.lax.pcast(weights, BATCH_AXES, to="varying")
-    )  # each device's own gradient of them
+    # weights that vary over the devices have a gradient of each device's own, and the sum of those is made outside
+    local = lambda x, weights: fn(x, jax.lax.pcast(weights, BATCH_AXES, to="varying"))
     return jax.shard_map(local, in_specs=(jax.P(BATCH_AXES), jax.P()), out_specs=jax.P(BATCH_AXES))(x, weights)
 
 

@@ -201,6 +201,17 @@ def test_a_search_in_bfloat16_goes_on_in_float32_where_keys_are_too_alike(monkey
     assert used[0] and not used[-1] and used.count(True) == 2
 
 
+@pytest.mark.parametrize("can", [{"amx_bf16", "fpu"}, {"avx512_bf16", "fpu"}, set()])
+def test_products_come_first_in_bfloat16_where_the_processor_has_units_for_them(monkeypatch, can):
+    keep, used = tiles.keep, []
+    monkeypatch.setattr(tiles.machine, "processor", lambda: frozenset(can))
+    monkeypatch.setattr(tiles, "_JOINS", True)
+    monkeypatch.setattr(tiles, "keep", lambda *args, bf16, over: used.append(bf16) or keep(*args, bf16=bf16, over=over))
+    query, key = rows(0, 30, 16), rows(1, 500, 16)
+    np.testing.assert_array_equal(nearest(query, key).index, brute(query, key, 1)[1])
+    assert used[0] == ("amx_bf16" in can)
+
+
 def test_rows_made_when_read_are_searched_as_they_are():
     query, key = rows(0, 70, 8), rows(1, 900, 8)
     turned = lambda x: neighbours.Rows(x[:, ::-1], lambda part: part[:, ::-1], 8)
