@@ -224,7 +224,9 @@ def fit(
         )
         stream = map(mesh.put, batches(start))
         first = next(stream)
-        prepared = mesh.placed_rows(jax.eval_shape(prepare, first, prepare_key)) if prepare else first
+        prepared = mesh.placed_rows(jax.eval_shape(prepare or (lambda batch, _: batch), first, prepare_key))
+        stream = itertools.chain(iter([first]), stream)
+        del first  # it would stay on the devices, as it would in the list itself
         told_of = lambda: [mesh.put(preempt.flags())] if several else []
         compiling = ahead(step_fn, abstract, prepared, step_key, *told_of())
         state = begin()
@@ -260,7 +262,7 @@ def fit(
                     metrics.window.clear()
 
         halted = False
-        for step, batch in zip(range(start, steps), itertools.chain([first], stream), strict=False):
+        for step, batch in zip(range(start, steps), stream, strict=False):
             if prepare:
                 batch = mesh.put_rows(prepare(batch, jax.random.fold_in(prepare_key, step)))
             state, values = compiling.result()(state, batch, step_key, *told_of())

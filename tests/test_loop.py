@@ -1,6 +1,7 @@
 """The training loop: exact resume, device-count invariance, one compile, failures told."""
 
 import signal
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,28 @@ def test_any_number_of_devices_agrees(tmp_path, mesh_of, devices, fsdp):
     with jax.set_mesh(mesh_of(4, 2)):  # and a checkpoint goes on under yet another mesh
         many = run(tmp_path / "many")
     assert_same(one, many, exact=False)
+
+
+def test_no_batch_stays_on_the_devices(tmp_path, monkeypatch):
+    """The first one, of which the compiler is told, least of all."""
+    on_devices, put = [], mesh.put
+
+    def tracked(batch):
+        batch = put(batch)
+        on_devices.append(weakref.ref(batch))
+        return batch
+
+    def batches(start):
+        for _ in range(start, 8):
+            alive.append(sum(ref() is not None for ref in on_devices))
+            yield np.ones((8, 4), np.float32)
+
+    alive = []
+    monkeypatch.setattr(mesh, "put", tracked)
+    task = loop.Task(lambda key: {"kernel": jnp.ones((4, 4))}, lambda p, x, key: (((x @ p["kernel"]) ** 2).mean(), {}))
+    tx, key = loop.optimiser(steps=8, rate=1e-3), jax.random.key(0)
+    loop.fit("held", task, batches, folder=tmp_path, steps=8, tx=tx, key=key)
+    assert len(alive) == 8 and max(alive) <= 1, alive  # that of the last step
 
 
 def test_one_compile_for_each_function(tmp_path):
