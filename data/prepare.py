@@ -1,5 +1,6 @@
 """Reads every raw image once, on all cores, into a cache folder whose name is a hash of all that made its content."""
 
+import collections
 import concurrent.futures
 import contextlib
 import errno
@@ -11,9 +12,9 @@ import json
 import os
 import pathlib
 import pickle
-import queue
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -28,9 +29,9 @@ from tqdm import tqdm
 from data import files, listing, sandbox
 from data.shards import Report, Shard
 
-# A worker process takes a second to start: one helps this process where more than HELPED_SECONDS are left to do, and where
-# more than SHARED_SECONDS are, one for every core does it all.
-HELPED_SECONDS, SHARED_SECONDS = 1.5, 5.0
+# A worker process takes a second to start. One helps this process with HELPED_TASKS or more from the start, and where more
+# than HELPED_SECONDS are left to do; where more than SHARED_SECONDS are, one for every core does the rest.
+HELPED_TASKS, HELPED_SECONDS, SHARED_SECONDS = 512, 1.5, 5.0
 SHARD_BYTES = 1 << 25
 SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share
 FORM = 2  # of what a prepared set says of itself; another one is made afresh
@@ -209,33 +210,42 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
 
 
 def _make(shards: list[Shard], shape, dtype: str, workers: int | None) -> None:
+    """Whoever is free makes the next shard: this process, and as many helpers as there is work for."""
     workers = workers or len(os.sched_getaffinity(0))
-    left = [shard for shard in shards if not shard.done()]
+    left = collections.deque(shard for shard in shards if not shard.done())
     total, remaining = (sum(len(shard.tasks) for shard in some) for some in (shards, left))
     live = sys.stderr.isatty()
     pace = {"mininterval": 0.2 if live else 15, "dynamic_ncols": live, "delay": 2}  # short work shows no progress line
     quiet = bool(os.environ.get("FACSIMILE_QUIET"))
-    with tqdm(desc="reading", total=total, initial=total - remaining, unit="file", disable=quiet, **pace) as progress:
-        begin, lock = [], threading.Lock()
+    with (
+        tqdm(desc="reading", total=total, initial=total - remaining, unit="file", disable=quiet, **pace) as progress,
+        _helpers(left, functools.partial(_ask, shape=shape, dtype=dtype)) as (helpers, add),
+    ):
+        begun, lock = [], threading.Lock()
 
         def tick(name: str) -> None:
             with lock:
-                if len(begin) < 2:
-                    begin.append(time.monotonic())  # the first task pays for imports
                 progress.update()
 
-        done = 0
-        while left:
-            shard = left.pop(0)
-            write(shard, shape, dtype, tick)
-            done += len(shard.tasks)
-            spent = time.monotonic() - begin[-1] if begin else 0.0
-            rest = spent / max(1, done - 1) * (remaining - done)
+        def tick_here(name: str) -> None:
+            begun.append(time.monotonic())
+            tick(name)
+
+        if workers > 1 and remaining >= HELPED_TASKS:
+            add(tick)
+        while len(helpers) < workers and (shard := _next(left)):
+            write(shard, shape, dtype, tick_here)
+            ours = begun[1:]  # the first task pays for imports
+            spent = time.monotonic() - ours[0] if ours else 0.0
+            rest = spent / max(1, len(ours)) * sum(len(shard.tasks) for shard in tuple(left)) / (1 + len(helpers))
             if workers > 1 and spent > 0.1 and rest > HELPED_SECONDS:
-                break
-        if left:
-            helped = rest <= SHARED_SECONDS
-            _parallel(left, shape, dtype, 1 if helped else workers, tick, here=helped)
+                while len(helpers) < (1 if rest <= SHARED_SECONDS else workers):
+                    add(tick)
+            for helper in helpers:
+                if helper.done():
+                    helper.result()
+        for helper in concurrent.futures.as_completed(helpers):
+            helper.result()
 
 
 def write(shard: Shard, shape: Sequence[int], dtype: str, tick: Callable[[str], None]) -> None:
@@ -244,27 +254,33 @@ def write(shard: Shard, shape: Sequence[int], dtype: str, tick: Callable[[str], 
     builder.write_shard(shard.path, shard(tick), shape=shape, dtype=dtype)
 
 
-def _parallel(shards: list[Shard], shape, dtype: str, workers: int, tick: Callable[[str], None], here: bool) -> None:
-    """Workers make the shards; with `here` this process does, too, from the last one on."""
-    children = queue.SimpleQueue()
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
-    with contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, cancel_futures=True)
-        for _ in range(min(workers, len(shards))):
+def _next(left: collections.deque) -> Shard | None:
+    with contextlib.suppress(IndexError):  # another may have taken the last
+        return left.popleft()
+
+
+@contextlib.contextmanager
+def _helpers(left: collections.deque, ask: Callable) -> Iterator[tuple[list[concurrent.futures.Future], Callable]]:
+    """(those there are, `add(tick)`): each a process, and a thread that hands it one shard of `left` after the other."""
+    helpers = []
+
+    def hand(child: subprocess.Popen, tick: Callable[[str], None]) -> None:
+        while shard := _next(left):
+            ask(child, shard, tick=tick)
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1 << 10) as pool, contextlib.ExitStack() as children:
+        children.callback(left.clear)
+
+        def add(tick: Callable[[str], None]) -> None:
             child = sandbox.start("from data import prepare; prepare.serve()")
-            stack.callback(sandbox.stop, child)
-            children.put(child)
-        work = [pool.submit(_ask, children, shard, shape, dtype, tick) for shard in shards]
-        for shard, future in zip(reversed(shards), reversed(work), strict=True):
-            if here and future.cancel():  # no worker has begun it
-                write(shard, shape, dtype, tick)
-        for future in concurrent.futures.as_completed(work):
-            if not future.cancelled():
-                future.result()
+            children.callback(sandbox.stop, child)
+            helpers.append(pool.submit(hand, child, tick))
+
+        yield helpers, add
 
 
-def _ask(children: queue.SimpleQueue, shard: Shard, shape, dtype: str, tick: Callable[[str], None]) -> None:
-    child, name = children.get(), shard.tasks[0][0]
+def _ask(child: subprocess.Popen, shard: Shard, *, shape, dtype: str, tick: Callable[[str], None]) -> None:
+    name = shard.tasks[0][0]
     try:
         child.stdin.write(pickle.dumps((shard, shape, dtype)))
         child.stdin.flush()
@@ -279,8 +295,6 @@ def _ask(children: queue.SimpleQueue, shard: Shard, shape, dtype: str, tick: Cal
         died = f"{name}: the worker process that read it died (exit {child.wait()})"
         mend = "remove it if it is damaged; if memory ran out, lower data.workers"
         raise ValueError(f"{died}; {mend}") from None
-    finally:
-        children.put(child)
 
 
 def serve() -> None:

@@ -79,6 +79,15 @@ def test_short_work_is_done_by_one_worker_and_by_this_process(tmp_path, eager, m
     assert len({who for (who,) in by}) == 2 and [str(os.getpid())] in by
 
 
+@pytest.mark.parametrize(("n", "helped"), [(prepare.HELPED_TASKS - 1, False), (prepare.HELPED_TASKS, True)])
+def test_many_tasks_are_helped_from_the_start(tmp_path, monkeypatch, n, helped):
+    """Before anything is known of how long they take; fewer of them are done before a helper could start."""
+    started, start = [], prepare.sandbox.start
+    monkeypatch.setattr(prepare.sandbox, "start", lambda code: started.append(code) or start(code))
+    done = made(square, tmp_path / "2", workers=4, n=n)
+    assert done[1:] == made(square, tmp_path / "1", workers=1, n=n)[1:] and len(started) == helped
+
+
 def test_a_worker_that_dies_is_one_line_that_names_the_image(tmp_path, eager):
     with pytest.raises(ValueError, match=r"\d+: the worker process that read it died \(exit 7\); remove it"):
         made(fatal, tmp_path, workers=2)
@@ -242,7 +251,7 @@ def test_a_kill_leaves_nothing_half_done(tmp_path, workers):
     kept = len(written())
     again = tmp_path / "again"
     again.mkdir()
-    done = made(counted(again, square), tmp_path, n=1000)  # the same key
+    done = made(counted(again, square), tmp_path, workers=1, n=1000)  # the same key
     assert len(done.parts) == 999 and {*present()} == {os.path.basename(done.folder), "again"}
     assert kept >= 5 and len(calls(again)) == 1000 - 16 * kept  # shards of 16
     values = [image[0, 0, 0] for image in builder.Stored(done.folder, np.arange(999))]
