@@ -85,10 +85,11 @@ def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
 
 
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of JAX's own gradient of a kernel XLA makes a product of two transposes, at a third of the rate."""
+    """Of JAX's own gradient of a kernel XLA makes a product of two transposes, at a third of the rate; where rows are more
+    than one axis, it copies them transposed."""
     x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    return dy @ kernel.T, jax.lax.dot_general(*once((x, dy)), ((rows, rows), ((), ())))
+    rows = once((x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])))
+    return dy @ kernel.T, jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -187,9 +188,14 @@ def _conv_by_pairs(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pa
     Winograd's F(2, 3) along the first axis (Lavin and Gray 2016, 'Fast algorithms for convolutional neural networks',
     section 4.1). In fp32 the result differs by about 1e-6 of its largest value, as sums in another order do.
     """
-    padded = _padded(x, padding[0])
-    even, odd = jnp.moveaxis(padded.reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
-    d = [a.reshape(-1, *a.shape[2:]) for a in (even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:])]
+    if padding[0] == 1:  # rows of zeros come only with the planes that need them
+        even, odd = jnp.moveaxis(x.reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
+        along = lambda a, ends: jnp.pad(a, ((0, 0), ends, *((0, 0),) * (a.ndim - 2)))
+        rows = along(odd[:, :-1], (1, 0)), even, odd, along(even[:, 1:], (0, 1))
+    else:
+        even, odd = jnp.moveaxis(_padded(x, padding[0]).reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
+        rows = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
+    d = [a.reshape(-1, *a.shape[2:]) for a in rows]
     ends, middle = 0.5 * (kernel[0] + kernel[2]), 0.5 * kernel[1]
     planes = once((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]))
     kernels = once((kernel[0], ends + middle, ends - middle, kernel[2]))
