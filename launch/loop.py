@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -64,7 +65,24 @@ def optimiser(
         after = optax.constant_schedule(rate)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup]) if warmup else after
     adam = optax.adamw(schedule, b1, b2, weight_decay=weight_decay) if weight_decay else optax.adam(schedule, b1, b2)
-    return optax.chain(optax.clip_by_global_norm(clip), adam)
+    return optax.chain(clipping(clip), adam)
+
+
+def clipping(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm(most)` by one factor for all gradients, which costs no pass over them: XLA writes gradients
+    that are divided by their norm to memory before it uses them."""
+
+    def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        factor = most / jnp.maximum(norm(grads), most)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all leaves together, of products with themselves: squares would be written to memory."""
+    square = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sqrt(sum(square(leaf, leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def create(
@@ -102,7 +120,7 @@ def train_step(
         decay: optax.incremental_update(params, average, 1.0 - jnp.minimum(float(decay), warm))
         for decay, average in state.ema.items()
     }
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+    metrics = {"loss": loss, "grad_norm": norm(grads), **metrics}
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
@@ -140,16 +158,17 @@ def in_parts(batch: Any, parts: int) -> Any:
 
 
 def ahead(fn: Callable, *args: Any) -> futures.Future:
-    """Starts compiling the jitted `fn` for `args` (arrays or `ShapeDtypeStruct`s with shardings) in a thread, while this one
-    does something else; the result is called in place of `fn`."""
-    current = jax.sharding.get_mesh()
+    """Lowers the jitted `fn` for `args` (arrays or `ShapeDtypeStruct`s with shardings) and starts compiling it in a thread,
+    while this one does something else; the result is called in place of `fn`.
 
-    def compiled() -> Callable:
-        with jax.set_mesh(current):  # each thread has its own
-            return fn.lower(*args).compile()
-
+    Python's threads take turns, so lowering would be no sooner done in the thread; XLA's compiler is not theirs. For a CPU
+    it compiles by the second of LLVM's four levels, unless XLA_FLAGS names one: that takes 0.75 of the processor's time, and
+    a training step takes as long as by the fourth, since what is heavy in it comes compiled.
+    """
+    level = "xla_backend_optimization_level"
+    options = {level: 1} if layers.on_cpu() and level not in os.environ.get("XLA_FLAGS", "") else {}
     thread = futures.ThreadPoolExecutor(1)
-    result = thread.submit(compiled)
+    result = thread.submit(fn.lower(*args).compile, options)
     thread.shutdown(wait=False)
     return result
 
@@ -267,7 +286,7 @@ def fit(
                 batch = mesh.put_rows(prepare(batch, jax.random.fold_in(prepare_key, step)))
             state, values = compiling.result()(state, batch, step_key, *told_of())
             pending.append((step, values))
-            collect(waiting=2)
+            collect(waiting=2 if step > start else 0)  # that the first step is done is told at once
             done = step + 1
             stop = done == steps or (agreed if several else told())
             if held_out and (done % eval_every == 0 or done == steps):

@@ -1,11 +1,13 @@
 """The training loop: exact resume, device-count invariance, one compile, failures told."""
 
 import signal
+import threading
 import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import data
@@ -240,6 +242,44 @@ def test_optimiser_schedule():
         update, state = tx.update({"w": jnp.ones(())}, state, params)
         sizes.append(-float(update["w"]))
     assert sizes[0] == 0 and sizes[10] == pytest.approx(1, rel=1e-3) and sizes[-1] == pytest.approx(0.5, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "options"),
+    [
+        ("cpu", "", {"xla_backend_optimization_level": 1}),
+        ("cpu", "--xla_backend_optimization_level=3", {}),
+        ("cuda", "", {}),
+    ],
+)
+def test_a_step_for_a_cpu_is_compiled_fast_where_nobody_says_how(monkeypatch, platform, flags, options):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    threads, asked, compiled = [], [], jax.jit(lambda x: x + 1)
+
+    class Function:
+        def lower(self, x):
+            threads.append(threading.current_thread())
+            return self
+
+        def compile(self, options):
+            threads.append(threading.current_thread())
+            asked.append(options)
+            return compiled.lower(1.0).compile(options)
+
+    with layers.lowered_for(platform):
+        future = loop.ahead(Function(), 1.0)
+    assert future.result()(1.0) == 2.0 and asked == [options]
+    assert threads[0] is threading.main_thread() is not threads[1]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 0.2, 5.0, 1e4, jnp.nan])
+def test_gradients_are_clipped_as_optax_clips_them(size):
+    draw = np.random.default_rng(0)
+    grads = {"a": size * draw.standard_normal((3, 4, 5)), "b": [size * draw.standard_normal(7), jnp.float32(size)]}
+    grads = jax.tree.map(jnp.float32, grads)
+    ours, theirs = (tx.update(grads, tx.init(grads))[0] for tx in (loop.clipping(1.0), optax.clip_by_global_norm(1.0)))
+    np.testing.assert_allclose(loop.norm(grads), optax.tree.norm(grads), rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
 
 
 def test_leaf_rule():

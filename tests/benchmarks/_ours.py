@@ -96,7 +96,8 @@ def train(case: dict) -> tuple[dict, Callable]:
     shardings = mesh.shardings(state)
     state = jax.device_put(loop.State(jnp.int32(0), params, tx.init(params), {}, (), jnp.float32(0)), shardings)
     one = functools.partial(loop.train_step, task=task, tx=tx, key=jax.random.key(2))
-    step = jax.jit(one, donate_argnums=0, out_shardings=(shardings, mesh.replicated())).lower(state, batch).compile()
+    step = jax.jit(one, donate_argnums=0, out_shardings=(shardings, mesh.replicated()))
+    step = loop.ahead(step, state, batch).result()
     stats = step.memory_analysis()
     said = {"parameters": sum(p.size for p in jax.tree.leaves(params)), "devices": mesh.size()}
     said["working memory MiB a device"] = round(stats.temp_size_in_bytes / 2**20) if stats else None
