@@ -13,6 +13,7 @@ import os
 import pathlib
 import pickle
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,10 @@ def _helpers(left: collections.deque, ask: Callable) -> Iterator[tuple[list[conc
     helpers = []
 
     def hand(child: subprocess.Popen, tick: Callable[[str], None]) -> None:
+        while left and not select.select([child.stdout], [], [], 0.05)[0]:
+            pass  # it takes a second to start, in which others may do all there is
+        if left:
+            _answer(child, "a worker process died at its start")
         while shard := _next(left):
             ask(child, shard, tick=tick)
 
@@ -281,30 +286,38 @@ def _helpers(left: collections.deque, ask: Callable) -> Iterator[tuple[list[conc
 
 def _ask(child: subprocess.Popen, shard: Shard, *, shape, dtype: str, tick: Callable[[str], None]) -> None:
     name = shard.tasks[0][0]
-    try:
+    with contextlib.suppress(BrokenPipeError):  # told below
         child.stdin.write(pickle.dumps((shard, shape, dtype)))
         child.stdin.flush()
-        while True:
-            name, error = pickle.load(child.stdout)
-            if error is not None:
-                raise ValueError(error)
-            if name is None:
-                return
-            tick(name)
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-        died = f"{name}: the worker process that read it died (exit {child.wait()})"
-        mend = "remove it if it is damaged; if memory ran out, lower data.workers"
-        raise ValueError(f"{died}; {mend}") from None
+    while True:
+        name, error = _answer(child, f"{name}: the worker process that read it died", "remove it if it is damaged; ")
+        if error is not None:
+            raise ValueError(error)
+        if name is None:
+            return
+        tick(name)
+
+
+def _answer(child: subprocess.Popen, died: str, mend: str = "") -> tuple[str | None, str | None]:
+    """What `serve` tells next. Raises ValueError where it tells nothing any more."""
+    try:
+        return pickle.load(child.stdout)
+    except (EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{died} (exit {child.wait()}); {mend}if memory ran out, lower data.workers") from None
 
 
 def serve() -> None:
-    """A worker: makes each shard on its input, and tells (task, None) as it goes, then (None, error or None)."""
+    """A worker: says (None, None) when it is ready, then makes each shard on its input, and tells (task, None) as it goes and
+    (None, error or None) at its end."""
     answers = sandbox.answers()
 
     def tell(name: str | None, error: str | None = None) -> None:
         answers.write(pickle.dumps((name, error)))
         answers.flush()
 
+    from data import builder  # noqa: F401, it takes longest to load
+
+    tell(None)
     with contextlib.suppress(EOFError):
         while True:
             shard, shape, dtype = pickle.load(sys.stdin.buffer)

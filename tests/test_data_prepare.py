@@ -88,6 +88,20 @@ def test_many_tasks_are_helped_from_the_start(tmp_path, monkeypatch, n, helped):
     assert done[1:] == made(square, tmp_path / "1", workers=1, n=n)[1:] and len(started) == helped
 
 
+def test_a_worker_that_starts_late_is_not_waited_for(tmp_path, monkeypatch):
+    never = "import time; time.sleep(600)"
+    start = prepare.sandbox.start
+    monkeypatch.setattr(prepare.sandbox, "start", lambda code: start(never))
+    assert len(made(square, tmp_path, workers=2, n=prepare.HELPED_TASKS).parts) == prepare.HELPED_TASKS - 1
+
+
+def test_a_worker_that_cannot_start_is_one_line(tmp_path, eager, monkeypatch):
+    start = prepare.sandbox.start
+    monkeypatch.setattr(prepare.sandbox, "start", lambda code: start("raise SystemExit(5)"))
+    with pytest.raises(ValueError, match=r"a worker process died at its start \(exit 5\)"):
+        made(sleepy, tmp_path, workers=2)
+
+
 def test_a_worker_that_dies_is_one_line_that_names_the_image(tmp_path, eager):
     with pytest.raises(ValueError, match=r"\d+: the worker process that read it died \(exit 7\); remove it"):
         made(fatal, tmp_path, workers=2)
