@@ -218,35 +218,35 @@ def _make(shards: list[Shard], shape, dtype: str, workers: int | None) -> None:
     live = sys.stderr.isatty()
     pace = {"mininterval": 0.2 if live else 15, "dynamic_ncols": live, "delay": 2}  # short work shows no progress line
     quiet = bool(os.environ.get("FACSIMILE_QUIET"))
-    with (
-        tqdm(desc="reading", total=total, initial=total - remaining, unit="file", disable=quiet, **pace) as progress,
-        _helpers(left, functools.partial(_ask, shape=shape, dtype=dtype)) as (helpers, add),
-    ):
-        begun, lock = [], threading.Lock()
+    with tqdm(desc="reading", total=total, initial=total - remaining, unit="file", disable=quiet, **pace) as progress:
+        begin, lock = [], threading.Lock()
 
         def tick(name: str) -> None:
             with lock:
                 progress.update()
 
         def tick_here(name: str) -> None:
-            begun.append(time.monotonic())
+            if len(begin) < 2:
+                begin.append(time.monotonic())  # the first task pays for imports
             tick(name)
 
-        if workers > 1 and remaining >= HELPED_TASKS:
-            add(tick)
-        while len(helpers) < workers and (shard := _next(left)):
-            write(shard, shape, dtype, tick_here)
-            ours = begun[1:]  # the first task pays for imports
-            spent = time.monotonic() - ours[0] if ours else 0.0
-            rest = spent / max(1, len(ours)) * sum(len(shard.tasks) for shard in tuple(left)) / (1 + len(helpers))
-            if workers > 1 and spent > 0.1 and rest > HELPED_SECONDS:
-                while len(helpers) < (1 if rest <= SHARED_SECONDS else workers):
-                    add(tick)
-            for helper in helpers:
-                if helper.done():
-                    helper.result()
-        for helper in concurrent.futures.as_completed(helpers):
-            helper.result()
+        ask, done = functools.partial(_ask, shape=shape, dtype=dtype, tick=tick), 0
+        with _helpers(left, workers, ask) as (helpers, add):
+            if workers > 1 and remaining >= HELPED_TASKS:
+                add()
+            while len(helpers) < workers and (shard := _next(left)):
+                write(shard, shape, dtype, tick_here)
+                done += len(shard.tasks)
+                spent = time.monotonic() - begin[-1] if begin else 0.0
+                rest = spent / max(1, done - 1) * sum(len(shard.tasks) for shard in tuple(left)) / (1 + len(helpers))
+                if workers > 1 and spent > 0.1 and rest > HELPED_SECONDS:
+                    while len(helpers) < (1 if rest <= SHARED_SECONDS else workers):
+                        add()
+                for helper in helpers:
+                    if helper.done():
+                        helper.result()
+            for helper in concurrent.futures.as_completed(helpers):
+                helper.result()
 
 
 def write(shard: Shard, shape: Sequence[int], dtype: str, tick: Callable[[str], None]) -> None:
@@ -261,25 +261,28 @@ def _next(left: collections.deque) -> Shard | None:
 
 
 @contextlib.contextmanager
-def _helpers(left: collections.deque, ask: Callable) -> Iterator[tuple[list[concurrent.futures.Future], Callable]]:
-    """(those there are, `add(tick)`): each a process, and a thread that hands it one shard of `left` after the other."""
+def _helpers(
+    left: collections.deque, most: int, ask: Callable
+) -> Iterator[tuple[list[concurrent.futures.Future], Callable[[], None]]]:
+    """(those there are, `add()` for one more): each a process, and a thread that hands it one shard of `left` after the
+    other by `ask(process, shard)`."""
     helpers = []
 
-    def hand(child: subprocess.Popen, tick: Callable[[str], None]) -> None:
+    def hand(child: subprocess.Popen) -> None:
         while left and not select.select([child.stdout], [], [], 0.05)[0]:
             pass  # it takes a second to start, in which others may do all there is
         if left:
             _answer(child, "a worker process died at its start")
         while shard := _next(left):
-            ask(child, shard, tick=tick)
+            ask(child, shard)
 
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1 << 10) as pool, contextlib.ExitStack() as children:
+    with concurrent.futures.ThreadPoolExecutor(most) as pool, contextlib.ExitStack() as children:
         children.callback(left.clear)
 
-        def add(tick: Callable[[str], None]) -> None:
+        def add() -> None:
             child = sandbox.start("from data import prepare; prepare.serve()")
             children.callback(sandbox.stop, child)
-            helpers.append(pool.submit(hand, child, tick))
+            helpers.append(pool.submit(hand, child))
 
         yield helpers, add
 

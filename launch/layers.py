@@ -173,7 +173,7 @@ _conv_on_cpu.defvjp(_conv_forward, _conv_backward)
 def _conv_by_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...]) -> jax.Array:
     """A sum of convolutions of one axis less, over the taps of the first axis, which is folded into the batch."""
     taps, step = kernel.shape[0], strides[0]
-    padded = _padded(x, padding[0])
+    padded = _padded(x, padding[0], padding[0])
     depth = (padded.shape[1] - taps) // step + 1
     total = 0.0
     for tap in range(taps):
@@ -190,10 +190,9 @@ def _conv_by_pairs(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pa
     """
     if padding[0] == 1:  # rows of zeros come only with the planes that need them
         even, odd = jnp.moveaxis(x.reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
-        along = lambda a, ends: jnp.pad(a, ((0, 0), ends, *((0, 0),) * (a.ndim - 2)))
-        rows = along(odd[:, :-1], (1, 0)), even, odd, along(even[:, 1:], (0, 1))
+        rows = _padded(odd[:, :-1], 1, 0), even, odd, _padded(even[:, 1:], 0, 1)
     else:
-        even, odd = jnp.moveaxis(_padded(x, padding[0]).reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
+        even, odd = jnp.moveaxis(_padded(x, padding[0], padding[0]).reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
         rows = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
     d = [a.reshape(-1, *a.shape[2:]) for a in rows]
     ends, middle = 0.5 * (kernel[0] + kernel[2]), 0.5 * kernel[1]
@@ -204,9 +203,9 @@ def _conv_by_pairs(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pa
     return y.reshape(x.shape[0], -1, *y.shape[2:])
 
 
-def _padded(x: jax.Array, amount: int) -> jax.Array:
-    """(B, *S, C) with zeros at both ends of the first spatial axis."""
-    return jnp.pad(x, ((0, 0), (amount, amount), *((0, 0),) * (x.ndim - 2)))
+def _padded(x: jax.Array, before: int, after: int) -> jax.Array:
+    """(B, *S, C) with so many zeros at either end of the first spatial axis."""
+    return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)))
 
 
 def upsample(x: jax.Array, factors: tuple[int, ...]) -> jax.Array:

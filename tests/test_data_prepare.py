@@ -82,6 +82,7 @@ def test_short_work_is_done_by_one_worker_and_by_this_process(tmp_path, eager, m
 @pytest.mark.parametrize(("n", "helped"), [(prepare.HELPED_TASKS - 1, False), (prepare.HELPED_TASKS, True)])
 def test_many_tasks_are_helped_from_the_start(tmp_path, monkeypatch, n, helped):
     """Before anything is known of how long they take; fewer of them are done before a helper could start."""
+    monkeypatch.setattr(prepare, "HELPED_SECONDS", float("inf"))  # a machine that stalls calls for none
     started, start = [], prepare.sandbox.start
     monkeypatch.setattr(prepare.sandbox, "start", lambda code: started.append(code) or start(code))
     done = made(square, tmp_path / "2", workers=4, n=n)
@@ -89,6 +90,7 @@ def test_many_tasks_are_helped_from_the_start(tmp_path, monkeypatch, n, helped):
 
 
 def test_a_worker_that_starts_late_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "HELPED_SECONDS", float("inf"))
     never = "import time; time.sleep(600)"
     start = prepare.sandbox.start
     monkeypatch.setattr(prepare.sandbox, "start", lambda code: start(never))
