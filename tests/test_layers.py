@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import signal
 
@@ -57,6 +57,10 @@ def test_gradients_of_a_convolution_on_a_cpu_are_jaxs_own(size, k, stride, pad, 
     kernel = rng.standard_normal((*rng.integers(1, k + 1, len(size)), 2, 4)).astype(np.float32)
     strides = (stride, *rng.integers(1, 3, len(size) - 1).tolist())
     padding = tuple((p, p) for p in (pad, *rng.integers(0, 3, len(size) - 1).tolist()))
+    # XLA's simplifier (jaxlib 0.10 to 0.12) aborts the process on some gradients by `x`, JAX's own as well as ours, where an
+    # axis is convolved by a window of its own stride that dy's places fill without padding.
+    axes = zip(size, kernel.shape, strides, padding, strict=False)
+    assume(not any(n + p == t * ((n + 2 * p - k) // t) + 1 and k == t == p + 1 > 1 for n, k, t, (p, _) in axes))
     y, own = jax.vjp(lambda x, kernel: layers._convolve(x, kernel, strides, padding), x, kernel)
     ours, gradient = jax.vjp(lambda x, kernel: layers._conv_on_cpu(x, kernel, strides, padding), x, kernel)
     np.testing.assert_array_equal(ours, y)
