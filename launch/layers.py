@@ -26,8 +26,8 @@ _INITIALISERS = {
     "scale": nn.initializers.ones,
 }
 
-# Channels from which a 2D convolution is made by pairs of rows, which is what is measured to be faster.
-PAIRED_FROM = 96 if early.old_kernels() else 64
+# Channels in times channels out, for each axis that may be taken by fours, from which this is measured to be faster.
+BY_FOURS_FROM = 4608 if early.old_kernels() else 1024
 
 _PLATFORM = jax.make_user_context(None)  # a traced function is found again only under the same one
 
@@ -101,7 +101,7 @@ def conv(
     """Convolution of `x` (B, *S, C) with `kernel` (*K, C, F), zero `padding` on both sides (None: K // 2).
 
     On a CPU a 3D convolution is made of 2D ones, depth folded into the batch, since XLA's native one is about five times
-    slower there, and one of many channels takes two rows at a time. Images that a mesh splits over devices stay split.
+    slower there, and one of many channels takes four rows at a time. Images that a mesh splits over devices stay split.
     """
     size = kernel.shape[:-2]
     padding = tuple(k // 2 for k in size) if padding is None else padding
@@ -122,13 +122,16 @@ def _conv_of_parts(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pa
     return mesh.over_rows(outer, x, kernel) if y is None else y
 
 
-def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...]) -> jax.Array:
+def _conv(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...], axes: int = 2
+) -> jax.Array:
+    """`axes`: how many of them may still be taken by fours, a last one only with positions enough for matrix products."""
     rank = kernel.ndim - 2
-    if on_cpu() and rank > 1:
-        rows = x.shape[1] + 2 * padding[0]
-        pairs = kernel.shape[0] == 3 and strides[0] == 1 and rows % 2 == 0 and x.dtype == jnp.float32
-        if pairs and (rank == 3 or min(kernel.shape[-2:]) >= PAIRED_FROM):
-            return _conv_by_pairs(x, kernel, strides, padding)
+    if on_cpu():
+        fours = kernel.shape[0] == 3 and strides[0] == 1 and x.shape[1] + 2 * padding[0] > 4 and x.dtype == jnp.float32
+        many = np.prod(kernel.shape[-2:]) >= BY_FOURS_FROM * axes and (rank > 1 or x.shape[0] * x.shape[1] >= 1024)
+        if fours and (rank == 3 or (axes and many)):
+            return _conv_by_fours(x, kernel, strides, padding, axes - 1)
         if rank == 3:
             return _conv_by_taps(x, kernel, strides, padding)
     convolve = _conv_on_cpu if on_cpu() else _convolve
@@ -182,25 +185,49 @@ def _conv_by_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pad
     return total.reshape(x.shape[0], depth, *total.shape[1:])
 
 
-def _conv_by_pairs(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...]) -> jax.Array:
-    """As `_conv_by_taps`, for three taps in steps of one: four products for two planes, where the taps take six.
+def _conv_by_fours(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[int, ...], axes: int
+) -> jax.Array:
+    """As `_conv_by_taps`, for three taps in steps of one: six products for four planes, where the taps take twelve.
 
-    Winograd's F(2, 3) along the first axis (Lavin and Gray 2016, 'Fast algorithms for convolutional neural networks',
-    section 4.1). In fp32 the result differs by about 1e-6 of its largest value, as sums in another order do.
+    Winograd's F(4, 3) along the first axis (Lavin and Gray 2016, 'Fast algorithms for convolutional neural networks',
+    section 4.3), with the points 0, 1 / sqrt(2), sqrt(2), their negatives and infinity in place of 0, 1, 2 and so on: in
+    fp32 the result is then off by 1e-6 of its largest value, as a sum of the taps is. A last axis makes matrix products.
     """
-    if padding[0] == 1:  # rows of zeros come only with the planes that need them
-        even, odd = jnp.moveaxis(x.reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
-        rows = _padded(odd[:, :-1], 1, 0), even, odd, _padded(even[:, 1:], 0, 1)
+    rows, root = x.shape[1] + 2 * padding[0] - 2, 2**0.5
+    d = _six_rows(x, padding[0], -(-rows // 4))
+    a, b, e, f = d[4] - 2 * d[2], (d[3] - 2 * d[1]) / root, d[4] - d[2] / 2, (d[3] - d[1] / 2) * root
+    planes = d[0] - 2.5 * d[2] + d[4], a + b, a - b, e + f, e - f, d[1] - 2.5 * d[3] + d[5]
+    a, b = (kernel[0] + kernel[2] / 2) / -1.5, kernel[1] / (-1.5 * root)
+    e, f = (kernel[0] + kernel[2] * 2) / 6, kernel[1] / (6 / root)
+    kernels = kernel[0], a + b, a - b, e + f, e - f, kernel[2]
+    if kernel.ndim == 3:
+        m = _parts(once(jax.vmap(matmul)(*once((jnp.stack(planes), jnp.stack(kernels))))), 0)
     else:
-        even, odd = jnp.moveaxis(_padded(x, padding[0], padding[0]).reshape(x.shape[0], -1, 2, *x.shape[2:]), 2, 0)
-        rows = even[:, :-1], odd[:, :-1], even[:, 1:], odd[:, 1:]
-    d = [a.reshape(-1, *a.shape[2:]) for a in rows]
-    ends, middle = 0.5 * (kernel[0] + kernel[2]), 0.5 * kernel[1]
-    planes = once((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]))
-    kernels = once((kernel[0], ends + middle, ends - middle, kernel[2]))
-    m = once([_conv(a, k, strides[1:], padding[1:]) for a, k in zip(planes, kernels, strict=True)])
-    y = jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], axis=1)
-    return y.reshape(x.shape[0], -1, *y.shape[2:])
+        inner = lambda pair: _conv(*pair, strides[1:], padding[1:], axes)
+        m = once([*map(inner, once([*zip(planes, kernels, strict=True)]))])
+    a, b, e, f = m[1] + m[2], (m[1] - m[2]) / root, m[3] + m[4], (m[3] - m[4]) * root
+    y = jnp.stack([m[0] + a + e, b + f, a / 2 + 2 * e, b / 2 + 2 * f + m[5]], axis=1)
+    return y.reshape(x.shape[0], -1, *y.shape[2:])[:, :rows]
+
+
+def _six_rows(x: jax.Array, padding: int, count: int) -> list[jax.Array]:
+    """Of `x` (B, R, *S, C) between `padding` rows of zeros on either side, the first six rows, the six that start four
+    rows later, and so on: for each of the six `count` rows, (B * count, *S, C)."""
+    quarters = _padded(x, 0, -x.shape[1] % 4)
+    quarters = _parts(quarters.reshape(x.shape[0], -1, 4, *x.shape[2:]), 2)
+
+    def every_fourth(first: int) -> jax.Array:
+        rows, at = quarters[first % 4], first // 4
+        found = rows[:, max(at, 0) : at + count]  # rows of zeros come only where they are needed
+        return _padded(found, max(-at, 0), max(at + count - rows.shape[1], 0)).reshape(-1, *x.shape[2:])
+
+    return [every_fourth(row - padding) for row in range(6)]
+
+
+def _parts(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The arrays along an axis. The gradient is one concatenation; that of indices would be a sum of padded arrays."""
+    return [part.squeeze(axis) for part in jnp.split(x, x.shape[axis], axis)]
 
 
 def _padded(x: jax.Array, before: int, after: int) -> jax.Array:

@@ -137,15 +137,23 @@ def test_convolving_what_is_upsampled_by_phases(factors, seed):
     np.testing.assert_allclose(ours, reference_conv(large, kernel, (1,) * rank), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rank", "channels"), [(2, 96), (3, 2), (3, 96)])
-def test_two_rows_at_a_time_agree_with_xla_and_so_do_their_gradients(rank, channels):
-    rng = np.random.default_rng(rank)
-    x = rng.standard_normal((2, *(4, 6, 2)[:rank], channels)).astype(np.float32)
+@settings(max_examples=12, deadline=None)
+@given(
+    size=st.lists(st.integers(3, 13), min_size=2, max_size=3),
+    channels=st.sampled_from([2, 32, 96]),
+    pad=st.integers(0, 3),
+    few=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_four_rows_at_a_time_agree_with_xla_and_so_do_their_gradients(size, channels, pad, few, seed):
+    """Whatever is left over of four rows, and whether the last axis makes matrix products or not."""
+    rng, rank = np.random.default_rng(seed), len(size)
+    x = rng.standard_normal((2 if few else 128, *size[:2], *(3,) * (rank - 2), channels)).astype(np.float32)
     kernel = rng.standard_normal((*(3,) * rank, channels, channels)).astype(np.float32)
-    spatial = "DHW"[-rank:]
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    native = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,) * rank, "SAME", dimension_numbers=numbers)
-    ours, theirs = (jax.vjp(jax.jit(f), x, kernel) for f in (lambda x, k: layers.conv(x, k, (1,) * rank), native))
-    dy = rng.standard_normal(ours[0].shape).astype(np.float32)
-    for mine, other in zip((ours[0], *ours[1](dy)), (theirs[0], *theirs[1](dy)), strict=True):
-        np.testing.assert_allclose(mine, other, atol=5e-6 * float(jnp.abs(other).max()))
+    ones, padding = (1,) * rank, (pad, *(1,) * (rank - 1))
+    ours, mine = jax.vjp(jax.jit(lambda x, k: layers.conv(x, k, ones, padding)), x, kernel)
+    wide = [(p, p) for p in padding]
+    theirs, other = jax.vjp(jax.jit(lambda x, k: layers._convolve(x, k, ones, wide)), x, kernel)
+    dy = rng.standard_normal(ours.shape).astype(np.float32)
+    for a, b in zip((ours, *mine(dy)), (theirs, *other(dy)), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6 * float(jnp.abs(b).max()))
