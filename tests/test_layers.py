@@ -139,8 +139,8 @@ def test_convolving_what_is_upsampled_by_phases(factors, seed):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    size=st.lists(st.integers(3, 13), min_size=2, max_size=3),
-    channels=st.sampled_from([2, 32, 96]),
+    size=st.lists(st.integers(3, 9), min_size=2, max_size=3),
+    channels=st.sampled_from([2, 32, 64]),
     pad=st.integers(0, 3),
     few=st.booleans(),
     seed=st.integers(0, 99),
@@ -148,7 +148,8 @@ def test_convolving_what_is_upsampled_by_phases(factors, seed):
 def test_four_rows_at_a_time_agree_with_xla_and_so_do_their_gradients(size, channels, pad, few, seed):
     """Whatever is left over of four rows, and whether the last axis makes matrix products or not."""
     rng, rank = np.random.default_rng(seed), len(size)
-    x = rng.standard_normal((2 if few else 128, *size[:2], *(3,) * (rank - 2), channels)).astype(np.float32)
+    batch = 2 if few or rank == 3 else 128  # XLA's own 3D convolution takes its time
+    x = rng.standard_normal((batch, *size, channels)).astype(np.float32)
     kernel = rng.standard_normal((*(3,) * rank, channels, channels)).astype(np.float32)
     ones, padding = (1,) * rank, (pad, *(1,) * (rank - 1))
     ours, mine = jax.vjp(jax.jit(lambda x, k: layers.conv(x, k, ones, padding)), x, kernel)
