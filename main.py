@@ -145,6 +145,8 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         for made in (*ldm.stages(config.generator), "samples"):
             stage.check(workdir / made, learned)
     synthetic = data.read_folder(source, **reading_of(config, workdir, reading if not ours else None))
+    if release and synthetic.unread:
+        raise ValueError(f"{source}: audit.release copies whole files, but {synthetic.unread}: nobody judged the rest")
     given = {}
     if vectors:
         ids = {"train": sets["train"].ids, "val": sets["val"].ids, "synthetic": synthetic.ids}
@@ -186,6 +188,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         source=source,
         in_order=data.in_order,
         folder=workdir / "audit",
+        stated=ours or sets["train"].stated,
         caveats=caveats_of(config, sets, synthetic),
         release_to=Path(release).expanduser() if release else None,
         quality=lambda keep_K: (
@@ -198,7 +201,7 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     )
     if config.quality.enabled and not release:
         compare(synthetic, whole)
-    return detection.EXIT[(result["release"] or result)["verdict"]] if exit_code else 0
+    return detection.exit_code(result) if exit_code else 0
 
 
 def quality(
@@ -334,16 +337,17 @@ def reading_of(config: ConfigDict, workdir: Path, foreign: dict | None) -> dict:
     same = {name: config.data[name] for name in ("size", "channels", "fit", "on_error", "cache", "workers")}
     if foreign is None:
         return same | {"intensity": form_of(config, workdir).reading}
-    return same | {name: config.data[name] if value is None else value for name, value in foreign.items()}
+    return same | {name: config.data.get(name) if value is None else value for name, value in foreign.items()}
 
 
 def caveats_of(config: ConfigDict, sets: dict, synthetic: data.ImageSet) -> list[str]:
     """What the reader must know of the images, real and synthetic; names of files only after the first ': ' of each."""
     said = [detection.PER_IMAGE] if config.data.patients == "per_image" else []
+    said += [detection.CHOSEN] if config.detector.select_on == "val" else []
     real, made = sets["train"].spacing, synthetic.spacing
     if real and made and len(real) == len(made) and not np.allclose(real, made, rtol=0.05):
         mm = " x ".join(f"{length:.3g}" for length in made), " x ".join(f"{length:.3g}" for length in real)
-        said.append(f"voxels of the synthetic images are {mm[0]} mm and the data's {mm[1]} mm: set data.spacing")
+        said.append(detection.VOXELS.format(*mm))
     return list(dict.fromkeys([*said, *sets["train"].notes, *synthetic.notes]))
 
 

@@ -254,7 +254,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "membership": True,  # our own generators: compare denoising losses of training and unseen patients,
             "levels": (0.1, 0.2, 0.3, 0.5, 0.7),  # at these noise levels t / T
             "redact": False,  # True: report.html and audit.redacted.json tell nothing of a real patient and can be shared
-            "exit_code": True,  # end with 0, 3 or 4 for PASS, FAIL or INCONCLUSIVE (of what is released, if anything is)
+            "exit_code": True,  # end with 0, 3 or 4 for PASS, FAIL or INCONCLUSIVE; see `verdict` in docs/audit.md
         }
     )
     config.audit.policy = ConfigDict(

@@ -2,7 +2,7 @@
 
 from detection.audit import audit
 from detection.detector import Detector, build, embedder, task, train, untrained
-from detection.redaction import PER_IMAGE
+from detection.redaction import CHOSEN, PER_IMAGE, VOXELS
 from detection.spaces import by_correlation, registered
 from detection.spaces import chosen as spaces_of
-from detection.verdict import EXIT
+from detection.verdict import exit_code

@@ -54,6 +54,7 @@ def audit(
     source: Path,
     in_order: Callable[..., Iterator],
     folder: Path,
+    stated: bool,
     caveats: Sequence[str],
     described: Mapping[str, Any],
     redact: bool,
@@ -75,7 +76,8 @@ def audit(
     Args:
       examiner: the space that the verdict rests on: see `spaces.registered`.
       sets: 'train', 'val' and 'control', each with `images`, `ids` and `patients`.
-      synthetic: the images to audit, with `images` and `ids`; their files lie in the folder `source`.
+      synthetic: the images to audit, with `images`, `ids`, and the `files` in the folder `source` that they are of;
+        `patients` are the draws of the generator that they are of.
       render: how the generator renders an image (the autoencoder's round trip); the real images are passed through it,
         so that like is compared with like. None, for images made elsewhere: real and synthetic images are filtered to
         their common power spectrum instead.
@@ -85,6 +87,7 @@ def audit(
       losses, levels: the generator's denoising losses for the membership test, (B, *S, C) -> (B, L), at the noise levels
         t / T; None where the generator is not ours.
       described: the run's configuration and environment, for the report. redact: the report shows nothing of patients.
+      stated: that the generator was trained on `sets['train']` and has seen nobody of the others is known, not assumed.
       caveats: what the reader must know before any number; in `audit.json` and above the table.
       slow_images: of each set, at random, on which slow spaces are measured (see `evidence.some`).
       policy: see `verdict.decide`.
@@ -134,16 +137,21 @@ def audit(
     as_they_are = {name: everything[name] for name in sizes}, {}, dict.fromkeys(sizes, views.as_it_is)
     vectors = examiner._replace(keep=lambda rows: examiner.vectors(examiner.keep(rows)))
     raw = embeddings.of_sets({"raw": vectors}, {}, *as_they_are, content, **kept)["raw"]
-    result, test = judge(ours, train, val, control, chosen_Q, **judging)
+    result, test = judge(ours, train, val, control, synthetic.patients, chosen_Q, **judging)
     measure = lambda of: baselines.baselines(
-        *(of[name] for name in ("train", "synthetic", "val")), val.patients, of["control"], control.patients, seed=seed
+        *(of["train"], of["synthetic"], synthetic.patients),
+        *(of["val"], val.patients, of["control"], control.patients),
+        seed=seed,
     )
     membership, no_membership = evidence.of_membership(losses, levels, sets, in_order=in_order, batch=batch, seed=seed)
     few = "they need two training images: enlarge config.data.fractions.train" if len(train.ids) < 2 else None
     result = {
-        "caveats": [*caveats, *look.caveats],
+        "caveats": [*caveats, *look.caveats, *evidence.of_draws(synthetic.patients)],
         **result,
-        "paper": evidence.of_paper(raw, alone["control"], train, control, percentile=percentile, seed=seed),
+        "stated": stated,
+        "paper": evidence.of_paper(
+            raw, alone["control"], train, control, synthetic.patients, percentile=percentile, seed=seed
+        ),
         "rendering": look.report,
         "patients": report.copied_patients(train.patients[ours.hits.index[:, 0]], test.flagged_K),
         "extraction": extraction.extraction(ours.hits.index[:, 0], test.flagged_K, train.patients, fdr=fdr, seed=seed),
@@ -167,6 +175,7 @@ def audit(
             sizes,
             train.patients[chosen_Q],
             test.flagged_K,
+            synthetic.patients,
             val.patients,
             fdr=fdr,
             seed=seed,
@@ -186,17 +195,19 @@ def audit(
         looks = {name: space(name, left.keep_K) for name in deciding if name != "detector"} if left.keep_K.any() else {}
         again = examined_again(
             looks,
-            lambda other: judge(other, train, val, control, chosen_Q, **judging),
-            {"rendering": look.report},
+            lambda other: judge(other, train, val, control, synthetic.patients[left.keep_K], chosen_Q, **judging),
+            {"rendering": look.report, "stated": stated},
             (ours.planted, line, train.patients[chosen_Q]),
             policy,
             seed,
         )
         recall = controls.overall(ours.planted, line, train.patients, chosen_Q, seed)
-        n_kept = int(left.keep_K.sum())
-        word, reasons, bound = release.decide(result, recall, int(left.over_K.sum()), n_kept, again, policy)
+        by_kind = [r for r in controls.recalls(ours.planted, line, train.patients, chosen_Q) if r["standard"]]
+        n_over, n_kept = int(left.over_K.sum()), int(left.keep_K.sum())
+        word, reasons, bound = release.decide(result, recall, by_kind, n_over, n_kept, again, policy)
         said = {"verdict": word, "reasons": reasons, "released": word == "PASS" or (release_anyway and n_kept > 0)}
-        counts = {"n_kept": n_kept, **left.counts, "level": release_level, "line": line}
+        level = max(release_level, result["calibrated"]["smallest_p_value"])
+        counts = {"n_kept": n_kept, **left.counts, "level": level, "line": line}
         said |= {**counts, "recall": recall["recall"], "recall_ci": recall["recall_ci"], **bound}
         result["release"] = {
             "folder": str(release_to),
@@ -205,15 +216,15 @@ def audit(
             "quality": quality(left.keep_K) if quality else None,
         }
         if said["released"]:
-            release.write(release_to, source, synthetic.ids, left.keep_K, said)
+            release.write(release_to, source, synthetic.files[left.keep_K], said)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(folder / "audit.json", result)
         outputs.write_verdicts(folder / "verdicts.csv", synthetic.ids, train, ours.hits, test)
         outputs.draw(folder, ours.hits, synthetic, train, test, result, pairs)
         top = report.top_pairs(
             synthetic, train, ours.hits.index[:, 0], ours.hits.sim[:, 0], test.p_K, test.flagged_K, pairs
         )
-        checkpoint.write_json(folder / "audit.json", result)
         (folder / "audit.redacted.json").unlink(missing_ok=True)  # of an earlier audit
         if redact:
             checkpoint.write_json(folder / "audit.redacted.json", redaction.redacted(result, top))
@@ -227,15 +238,21 @@ def judge(
     train: Any,
     val: Any,
     control: Any,
+    draws_K: np.ndarray,
     chosen_Q: np.ndarray,
     *,
     policy: dict[str, float],
     fdr: float,
     seed: int,
 ) -> tuple[dict[str, Any], calibrate.Calibrated]:
-    """The calibrated test in one space with its bounds, controls and power, as `audit.json` holds them."""
-    k, n_val_patients = len(space.hits.sim), len(np.unique(val.patients))
-    test = calibrate.calibrated_test(space.hits.sim[:, 0], space.null_M, val.patients, fdr=fdr, seed=seed)
+    """The calibrated test in one space with its bounds, controls and power, as `audit.json` holds them.
+
+    Args:
+      draws_K: the draw that each synthetic image is of. What is said of the generator counts these (`effective_number`).
+    """
+    k, n_draws, n_val_patients = len(draws_K), calibrate.effective_number(draws_K), len(np.unique(val.patients))
+    scores_K = space.hits.sim[:, 0]
+    test = calibrate.calibrated_test(scores_K, space.null_M, val.patients, fdr=fdr, seed=seed, draws_K=draws_K)
     pointed_at = np.unique(space.hits.index[test.flagged_K, 0])
     # What copies must outscore to be flagged: now; and if they were as few as could be flagged at all.
     above_all = float(np.nextafter(space.null_M.max(), np.float32(np.inf)))
@@ -247,9 +264,9 @@ def judge(
     }
     recalls = {j: recall(score) for j, score in scores.items()}
     lows = {j: said["recall_ci"][0] for j, said in recalls.items()}
-    bounds = enrichment.bounds(test.p_K, n_val_patients, lows)
-    fewest = calibrate.fewest_flaggable(n_val_patients, k, fdr)
-    seeing = enrichment.ways_of_seeing(k, n_val_patients, lows)
+    bounds = enrichment.bounds(test.p_K, n_val_patients, lows, n_draws)
+    fewest = calibrate.fewest_flaggable(n_val_patients, n_draws, fdr)
+    seeing = enrichment.ways_of_seeing(n_draws, n_val_patients, lows)
     ways = [(fewest, recall(rare)["recall_ci"][0]), *seeing]
     line = bounds["rank"]
     by_kind = [
@@ -259,6 +276,7 @@ def judge(
         "n_train": len(train.ids),
         "n_val": len(val.ids),
         "n_syn": k,
+        "n_draws": n_draws,
         "n_train_patients": len(np.unique(train.patients)),
         "n_val_patients": n_val_patients,
         "calibrated": {
@@ -277,7 +295,9 @@ def judge(
             "by_kind": [
                 {
                     **{key: row[key] for key in ("kind", "strength", "recall", "recall_ci")},
-                    "at_most_rate": float(enrichment.at_most(bounds["n_above"], k, row["recall_ci"][0])),
+                    "at_most_rate": float(
+                        enrichment.at_most(bounds["n_above"] * n_draws / k, n_draws, row["recall_ci"][0])
+                    ),
                 }
                 for row in by_kind
             ],
@@ -287,14 +307,14 @@ def judge(
         ),
         "positive_control": controls.recalls(space.planted, test.threshold or rare, train.patients, chosen_Q),
         "power": {
-            "min_detectable_copy_rate": finite(calibrate.detectable_rate(k, ways)),
-            "smallest_flaggable_copy_rate": finite(fewest / k),
-            "smallest_seen_copy_rate": finite(min(n for n, _ in seeing) / k),
+            "min_detectable_copy_rate": finite(calibrate.detectable_rate(n_draws, ways)),
+            "smallest_flaggable_copy_rate": finite(fewest / n_draws),
+            "smallest_seen_copy_rate": finite(min(n for n, _ in seeing) / n_draws),
             "probability": 0.8,
-            "at_max_copy_rate": calibrate.power_at(policy["max_copy_rate"], k, ways),
+            "at_max_copy_rate": calibrate.power_at(policy["max_copy_rate"], n_draws, ways),
             **recalls[line],
             "enough": enrichment.enough(
-                k,
+                n_draws,
                 n_val_patients,
                 recall_low=lows[line],
                 max_rate=policy["max_copy_rate"],
@@ -325,7 +345,7 @@ def filtered(
         test.flagged_K,
         release.training_images(synthetic.images, train.images, in_order, batch),
         ours.hits.index[:, 0],
-        synthetic.ids,
+        synthetic.patients,
         ours.rows["synthetic"],
         examiner.search,
         line=line,

@@ -24,6 +24,7 @@ DRAWS = 50  # choices of one image a patient
 def baselines(
     train_NxD: np.ndarray,
     syn_KxD: np.ndarray,
+    draws_K: np.ndarray,
     val_MxD: np.ndarray,
     patients_M: np.ndarray,
     control_CxD: np.ndarray,
@@ -34,8 +35,8 @@ def baselines(
     """The three measures in one space, as `audit.json` holds them.
 
     Returns:
-      d1_d2: {rate, rate_ci: share of synthetic images with d1 / d2 < 1/3 (`close_to_one`), Clopper-Pearson over
-      synthetic images; null_rate, null_rate_ci: of validation images, over patients}. auth_pct: {value, ci, null,
+      d1_d2: {rate, rate_ci: share of synthetic images with d1 / d2 < 1/3 (`close_to_one`),
+      `calibrate.draws_interval`; null_rate, null_rate_ci: of validation images, over patients}. auth_pct: {value, ci, null,
       null_ci}: share of `authentic` images, likewise. c_t: {statistic, p_value, cells; null_statistic, null_p_value}:
       see `c_t`; the null is of the control images in place of the synthetic ones, against the same validation images.
     """
@@ -46,13 +47,13 @@ def baselines(
         syn_K, val_M = flags[name](of_syn), flags[name](of_val)
         result[name] = {
             rate: float(syn_K.mean()),
-            "rate_ci" if rate == "rate" else "ci": list(calibrate.clopper_pearson(syn_K.sum(), len(syn_K))),
+            "rate_ci" if rate == "rate" else "ci": list(calibrate.draws_interval(syn_K, draws_K)),
             null: float(val_M.mean()),
             f"{null}_ci": list(calibrate.rate_interval(val_M, patients_M, seed=seed)),
         }
     n_cells = int(np.clip(len(np.unique(patients_M)) // PER_CELL, 1, min(MOST_CELLS, len(train_NxD))))
     test = lambda x, patients: c_t(train_NxD, val_MxD, patients_M, x, patients, n_cells=n_cells, seed=seed)
-    ours, null = test(syn_KxD, np.arange(len(syn_KxD))), test(control_CxD, patients_C)
+    ours, null = test(syn_KxD, draws_K), test(control_CxD, patients_C)
     return result | {"c_t": ours | {f"null_{name}": null[name] for name in ("statistic", "p_value")}}
 
 

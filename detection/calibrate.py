@@ -1,7 +1,8 @@
 """The statistics of the audit, on arrays of similarities; nothing here sees an image.
 
 Sizes: N training images, M validation images, C control images, K synthetic images. A score is the similarity of an
-image to its nearest training image. Patients are the unit: images of one patient are dependent, those of two are not.
+image to its nearest training image. Patients are the unit: images of one patient are dependent, those of two are not. Of
+synthetic images the draw is, what the generator gave at once: all slices of a volume are one draw.
 """
 
 from collections.abc import Iterator, Sequence
@@ -147,6 +148,11 @@ def beta_interval(rate: float, n: float, level: float = 0.95) -> tuple[float, fl
     return low, high
 
 
+def draws_interval(flags_K: np.ndarray, draws_K: np.ndarray) -> tuple[float, float]:
+    """Clopper-Pearson of a rate over synthetic images, as if there were as many as the `effective_number` of draws."""
+    return beta_interval(float(np.mean(flags_K)), effective_number(draws_K))
+
+
 class Calibrated(NamedTuple):
     """Outcome of `calibrated_test`; rate is the flagged share, which is no bound of the copy rate (`enrichment` has bounds)."""
 
@@ -159,21 +165,34 @@ class Calibrated(NamedTuple):
 
 
 def calibrated_test(
-    scores_K: np.ndarray, null_M: np.ndarray, patients_M: np.ndarray, *, fdr: float, seed: int
+    scores_K: np.ndarray,
+    null_M: np.ndarray,
+    patients_M: np.ndarray,
+    *,
+    fdr: float,
+    seed: int,
+    draws_K: np.ndarray | None = None,
 ) -> Calibrated:
     """Conformal p-values against unseen patients and the same training images, then Benjamini-Hochberg at `fdr`.
 
-    That is: of the flagged images a share of at most `fdr` is wrong, averaged over audits, not in each. The interval of the flagged share is the hull of Clopper-Pearson over the K synthetic images (the null set taken as
-    given) and a bootstrap that resamples synthetic images and validation patients and repeats the whole test.
+    That is: of the flagged images a share of at most `fdr` is wrong, averaged over audits, not in each. The interval of the
+    flagged share is the hull of `draws_interval` (the null set taken as given) and a bootstrap that resamples draws and
+    validation patients and repeats the whole test.
+
+    Args:
+      draws_K: the draw that each synthetic image is of; None: each is one.
     """
+    draws_K = np.arange(len(scores_K)) if draws_K is None else draws_K
     p_K = conformal_p(scores_K, null_M, patients_M)
     flagged_K = benjamini_hochberg(p_K, fdr)
     rng = np.random.default_rng(seed)
-    rates = []
-    for images, renamed in resampled_patients(patients_M, DRAWS // 4, rng):
-        resampled = scores_K[rng.integers(0, len(scores_K), len(scores_K))]
-        rates.append(benjamini_hochberg(conformal_p(resampled, null_M[images], renamed), fdr).mean())
-    exact = clopper_pearson(flagged_K.sum(), len(flagged_K))
+    rates = [
+        benjamini_hochberg(conformal_p(scores_K[ours], null_M[theirs], renamed), fdr).mean()
+        for (theirs, renamed), (ours, _) in zip(
+            resampled_patients(patients_M, DRAWS // 4, rng), resampled_patients(draws_K, DRAWS // 4, rng), strict=True
+        )
+    ]
+    exact = draws_interval(flagged_K, draws_K)
     low, high = np.quantile(rates, [0.025, 0.975])
     threshold = float(scores_K[flagged_K].min()) if flagged_K.any() else None
     rate_ci = min(float(low), exact[0]), max(float(high), exact[1])
@@ -233,10 +252,11 @@ def negative_control(
       synthetic images, comparable with the copy rate; near 0 if all is well.
     """
     p_C = conformal_p(scores_C, null_M, patients_M)
-    flags = p_C <= nominal
+    level = nominal * (1 + 1e-9)  # sums of weights are rounded
+    flags = p_C <= level
     rng = np.random.default_rng(seed)
     rates = [
-        (conformal_p(scores_C[ours], null_M[theirs], renamed) <= nominal).mean()
+        (conformal_p(scores_C[ours], null_M[theirs], renamed) <= level).mean()
         for (ours, _), (theirs, renamed) in zip(
             resampled_patients(patients_C, DRAWS // 4, rng),
             resampled_patients(patients_M, DRAWS // 4, rng),
@@ -245,7 +265,7 @@ def negative_control(
     ]
     low, high = rate_interval(flags, patients_C, seed=seed)
     n, n_null = effective_number(patients_C), len(np.unique(patients_M))
-    j = int(nominal * (n_null + 1) * (1 + 1e-9))
+    j = int(level * (n_null + 1))
     return {
         "n": len(flags),
         "n_patients": len(np.unique(patients_C)),

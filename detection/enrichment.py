@@ -9,6 +9,7 @@ weighing alike. A line is a rank j; see `calibrate.score_at` for the similarity 
 """
 
 import bisect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ def above(p_K: np.ndarray, rank: int, n_patients: int) -> int:
     return int((p_K <= rank / (n_patients + 1) * (1 + 1e-9)).sum())
 
 
-def set_test(counts: Sequence[int], lines: Sequence[int], k: int, n_patients: int) -> tuple[float, int]:
-    """The set-level test of the `counts` of k images above each of the `lines`.
+def set_test(counts: Sequence[float], lines: Sequence[int], k: int, n_patients: int) -> tuple[float, int]:
+    """The set-level test of the `counts` of k images above each of the `lines`. Counts need not be whole; see `bounds`.
 
     Returns:
       (p-value that none of them is a copy, Bonferroni over the lines; one-sided lower bound of how many are copies, at
@@ -45,11 +46,11 @@ def set_test(counts: Sequence[int], lines: Sequence[int], k: int, n_patients: in
     for count, j in zip(counts, lines, strict=True):
         chance = lambda c, count=count, j=j: calibrate.excess_p(count - c, k - c, j, n_patients)  # rises with c
         p_value = min(p_value, len(lines) * chance(0))
-        at_least = max(at_least, bisect.bisect_right(range(count + 1), ALPHA / len(lines), key=chance))
+        at_least = max(at_least, bisect.bisect_right(range(int(count) + 1), ALPHA / len(lines), key=chance))
     return p_value, at_least
 
 
-def at_most(count: int | np.ndarray, k: int, recall_low: float) -> np.ndarray:
+def at_most(count: float | np.ndarray, k: int, recall_low: float) -> np.ndarray:
     """Upper bound of the copy rate where `count` of k images lie above a line that a share of copies does, too.
 
     The rate above the line is at least the copy rate times the recall. Its Clopper-Pearson upper limit and the recall's
@@ -57,7 +58,7 @@ def at_most(count: int | np.ndarray, k: int, recall_low: float) -> np.ndarray:
     copy, so it errs upwards. It holds for the generator's rate and, as k images scatter less, for the share of the k.
     """
     count = np.asarray(count, float)
-    high = np.where(count >= k, 1.0, scipy.stats.beta.ppf(1 - ALPHA / 2, count + 1, np.maximum(k - count, 0.5)))
+    high = np.where(count >= k, 1.0, scipy.stats.beta.ppf(1 - ALPHA / 2, count + 1, np.maximum(k - count, 1e-3)))
     return np.minimum(high / max(recall_low, 1e-9), 1.0)
 
 
@@ -78,28 +79,38 @@ def ways_of_seeing(k: int, n_patients: int, lows: Mapping[int, float]) -> list[t
     return [(fewest_seen(k, j, n_patients, len(lows)), low) for j, low in lows.items()]
 
 
-def bounds(p_K: np.ndarray, n_patients: int, lows: Mapping[int, float]) -> dict[str, Any]:
+def bounds(p_K: np.ndarray, n_patients: int, lows: Mapping[int, float], n_draws: int | None = None) -> dict[str, Any]:
     """The section `bounds` of `audit.json` but for the kinds: see docs/audit.md.
 
     Args:
       lows: line -> lower limit of the recall on planted copies at that line, for every line of `ranks`.
+      n_draws: as how many independent images the K count, so many of every K of a count (`calibrate.effective_number`);
+        None: each does.
     """
     k, lines = len(p_K), list(lows)
+    n_draws = k if n_draws is None else n_draws
     counts = [above(p_K, j, n_patients) for j in lines]
-    p_value, at_least = set_test(counts, lines, k, n_patients)
-    rank = min(lines, key=lambda j: expected_bound(j, k, n_patients, lows[j]))
+    p_value, at_least = set_test([n * n_draws / k for n in counts], lines, n_draws, n_patients)
+    rank = min(lines, key=lambda j: expected_bound(j, n_draws, n_patients, lows[j]))
     n_above = counts[lines.index(rank)]
+    at_least_rate, at_most_rate = at_least / n_draws, float(at_most(n_above * n_draws / k, n_draws, lows[rank]))
+    contradict = at_least_rate > at_most_rate  # so copies are not as similar as planted ones: these bound nothing
     return {
         "confidence": 1 - ALPHA,
         "p_value": p_value,
-        "at_least": at_least,
-        "at_least_rate": at_least / k,
-        "at_most_rate": float(at_most(n_above, k, lows[rank])),
+        "at_least": round(at_least * k / n_draws),
+        "at_least_rate": at_least_rate,
+        "at_most_rate": 1.0 if contradict else at_most_rate,
+        "contradict": contradict,
         "rank": rank,
         "n_above": n_above,
         "n_above_expected": k * rank / (n_patients + 1),
         "lines": [
-            {"rank": j, "n_above": n, "fewest_seen": fewest_seen(k, j, n_patients, len(lines))}
+            {
+                "rank": j,
+                "n_above": n,
+                "fewest_seen": math.ceil(fewest_seen(n_draws, j, n_patients, len(lines)) * k / n_draws),
+            }
             for j, n in zip(lines, counts, strict=True)
         ],
     }

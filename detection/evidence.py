@@ -6,8 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from detection import calibrate, controls, extraction, membership, neighbours, outputs, spaces, tail
+from detection import calibrate, controls, extraction, membership, neighbours, outputs, redaction, spaces, tail
 from launch import log, mesh
+
+
+def of_draws(draws_K: np.ndarray) -> list[str]:
+    """What the reader must know where several synthetic images are of one draw of the generator."""
+    k, n, n_draws = len(draws_K), len(np.unique(draws_K)), calibrate.effective_number(draws_K)
+    return [redaction.PARTS.format(k, n, n_draws)] if n < k else []
 
 
 def of_memorized(
@@ -41,6 +47,7 @@ def side_by_side(
     sizes: Mapping[str, int],
     patients_Q: np.ndarray,
     flagged_K: np.ndarray,
+    draws_K: np.ndarray,
     patients_M: np.ndarray,
     *,
     fdr: float,
@@ -52,12 +59,13 @@ def side_by_side(
       others: a space, or vectors of 'train', 'val' and 'synthetic' made elsewhere.
       rows: space -> 'train', 'val' and 'synthetic' -> rows; copies: space -> rows of planted copies of all kinds of `plants`.
       some: of 'train', 'val' and 'synthetic', which of their `sizes` images the rows of slow spaces are of.
-      patients_Q, patients_M: of the training images that are copied, and of the validation images.
+      patients_Q, patients_M: of the training images that are copied, and of the validation images. draws_K: of synthetic ones.
     """
 
     def told(what: spaces.Measured, note: str, slow: bool = False) -> dict[str, Any]:
         val, syn = (some[name] if slow else slice(None) for name in ("val", "synthetic"))
-        return spaces.section(what, patients_M[val], patients_Q, flagged_K[syn], fdr=fdr, seed=seed, note=note)
+        of_K = flagged_K[syn], draws_K[syn]
+        return spaces.section(what, patients_M[val], patients_Q, *of_K, fdr=fdr, seed=seed, note=note)
 
     result = {"detector": told(detector, note)}
     for name, space in others.items():
@@ -128,7 +136,14 @@ def of_membership(
 
 
 def of_paper(
-    raw: Mapping[str, np.ndarray], control_CxD: np.ndarray, train: Any, control: Any, *, percentile: float, seed: int
+    raw: Mapping[str, np.ndarray],
+    control_CxD: np.ndarray,
+    train: Any,
+    control: Any,
+    draws_K: np.ndarray,
+    *,
+    percentile: float,
+    seed: int,
 ) -> dict[str, Any]:
     """The paper's rule, by embeddings of images as they are, and what it says of unseen people (`control_CxD`, rendered as samples)."""
     train_NxD, val_MxD, syn_KxD = (raw[name] for name in ("train", "val", "synthetic"))
@@ -149,7 +164,7 @@ def of_paper(
         "mem_rate_ci": list(calibrate.rate_interval(rule.mem_N, train.patients, seed=seed)),
         "n_mem_patients": len(np.unique(train.patients[rule.mem_N])),
         "copy_rate": float(rule.copies_K.mean()),
-        "copy_rate_ci": list(calibrate.clopper_pearson(rule.copies_K.sum(), k)),
+        "copy_rate_ci": list(calibrate.draws_interval(rule.copies_K, draws_K)),
         "null_mem_rate": floor.mem_rate,
         "null_mem_rate_extrapolated": floor.extrapolated,
         "null_copy_rate": floor.copy_rate,

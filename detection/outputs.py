@@ -40,21 +40,23 @@ def draw(
     result: dict,
     pairs: int,
 ) -> None:
-    """`pairs.png` and `histogram.png`."""
+    """`pairs.png`, unless no `pairs` are wanted, and `histogram.png`."""
     sim_K, index_K = hits.sim[:, 0], hits.index[:, 0]
     top = np.argsort(-sim_K, kind="stable")[:pairs]
+    (folder / "pairs.png").unlink(missing_ok=True)  # of an earlier audit
     captions = [
         (f"{synthetic.ids[i]}  r = {sim_K[i]:.3f}, p = {test.p_K[i]:.3f}", f"nearest: {train.ids[index_K[i]]}")
         for i in top
     ]
-    figures.pairs(
-        folder / "pairs.png",
-        [synthetic.images[i] for i in top],
-        [train.images[index_K[i]] for i in top],
-        captions,
-        test.flagged_K[top],
-        f"The {len(top)} most similar pairs: synthetic image, nearest training image, difference (red: flagged as copy)",
-    )
+    if len(top):
+        figures.pairs(
+            folder / "pairs.png",
+            [synthetic.images[i] for i in top],
+            [train.images[index_K[i]] for i in top],
+            captions,
+            test.flagged_K[top],
+            f"The {len(top)} most similar pairs: synthetic image, nearest training image, difference (red: flagged as copy)",
+        )
     calibrated, paper, k = result["calibrated"], result["paper"], result["n_syn"]
     figures.histogram(
         folder / "histogram.png",
@@ -83,7 +85,7 @@ def table(result: dict[str, Any], folder: Path) -> str:
     both = lambda rate, ci: f"{percent(rate)} {span(ci)}"
     paper, calibrated, negative, power = (result[k] for k in ("paper", "calibrated", "negative_control", "power"))
     bounds = result["bounds"]
-    rate = lambda name: percent(power[name]) if power[name] else "none, there are too few unseen patients"
+    rate = lambda name: percent(power[name]) if power[name] else "none, by these unseen patients and planted copies"
     worst = max(bounds["by_kind"], key=lambda row: row["at_most_rate"])
     if_worst = f"up to {percent(worst['at_most_rate'])} if all were of the kind that is seen worst, {worst['kind']}"
     if_worst = f" ({if_worst})" if worst["at_most_rate"] > bounds["at_most_rate"] else ""

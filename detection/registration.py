@@ -16,13 +16,24 @@ import scipy
 MOST = {2: 1024, 3: 20_000}  # pixels of an image that is registered: enough detail, and no more
 ITERATIONS = 8  # in each of two bands
 FINE, MIDDLE, COARSE = 1.0, 2.0, 4.0  # pixels: deviations of the Gaussians whose differences are the bands
+THIN = 4  # pixels
 _PRIOR = 1e-4  # cost of a shift by a pixel, a turn by 6 degrees or a size off by a tenth; of a correlation 0 it is 2
 
 
 def shape(size: tuple[int, ...]) -> tuple[int, ...]:
-    """Of what is registered of an image of `size`: itself, or as much smaller as leaves at most MOST pixels."""
-    ratio = min(1.0, (MOST[len(size)] / np.prod(size)) ** (1 / len(size)))
-    return tuple(max(int(n * ratio), 1) for n in size)
+    """Of what is registered of an image of `size`: itself, or as much smaller as leaves at most MOST pixels.
+
+    Axes that would be left with fewer than THIN pixels keep that many, or all they have, and the others pay for it.
+    """
+    kept: dict[int, int] = {}
+    while True:
+        free = [n for axis, n in enumerate(size) if axis not in kept]
+        most = MOST[len(size)] / np.prod(list(kept.values()))
+        ratio = min(1.0, (most / np.prod(free)) ** (1 / max(len(free), 1)))
+        thin = {axis: min(n, THIN) for axis, n in enumerate(size) if axis not in kept and int(n * ratio) < min(n, THIN)}
+        if not thin:
+            return tuple(kept.get(axis, int(n * ratio)) for axis, n in enumerate(size))
+        kept |= thin
 
 
 def band(size: tuple[int, ...]) -> tuple[float, float]:
@@ -117,7 +128,9 @@ def _fit(moving: jax.Array, fixed: jax.Array, start: jax.Array | None) -> tuple[
 
     start = jnp.zeros(len(moves)) if start is None else start
     aim = normalised(fixed, jnp.ones_like(fixed))
-    slopes = jnp.stack(jnp.gradient(aim.reshape(size))).reshape(rank, -1)
+    image = aim.reshape(size)  # along an axis of one pixel there is no slope
+    slopes = [jnp.gradient(image, axis=axis) if n > 1 else jnp.zeros(size) for axis, n in enumerate(size)]
+    slopes = jnp.stack(slopes).reshape(rank, -1)
     jacobian = jnp.einsum("ax,pax->xp", slopes, moves, precision="highest")
     jacobian = jacobian - jacobian.mean(0)
     jacobian = jacobian - jnp.outer(aim, aim @ jacobian)  # a change of contrast changes no correlation

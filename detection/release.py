@@ -58,7 +58,7 @@ def without_copies(
     flagged_K: np.ndarray,
     duplicate_K: np.ndarray,
     nearest_K: np.ndarray,
-    ids: Sequence[str],
+    draws_K: np.ndarray,
     rows_KxD: np.ndarray,
     search: Callable,
     *,
@@ -67,7 +67,7 @@ def without_copies(
     threshold: float | None,
 ) -> Filter:
     """Leaves out what the audit flags, what is over the line, what is a training image, near-twins of these, and the rest
-    of their files.
+    of their draws, as the other slices of a volume.
 
     Twins of one over the line are images as similar to it as copies are to originals (`line`) that point at the same
     training image and are themselves near the line: p at most twice the level, which bounds what an innocent set loses,
@@ -77,7 +77,7 @@ def without_copies(
 
     Args:
       sim_K, nearest_K: similarity to and index of the nearest training image. p_K, level: of the line. flagged_K, threshold: see
-        `calibrate.calibrated_test`. duplicate_K: see `training_images`. ids: see `parts_of_files`.
+        `calibrate.calibrated_test`. duplicate_K: see `training_images`. draws_K: the draw of the generator that each is of; no file holds parts of two.
       rows_KxD, search: as the audit's space has them; see `spaces.Space`.
     """
     over_K = sim_K >= line
@@ -92,19 +92,13 @@ def without_copies(
         if flagged_K.any():
             close = search(rows_KxD[others], rows_KxD[flagged_K]).sim[:, 0] >= threshold
             twin_K[others] |= close & (p_K[others] <= 0.5)
-    parts_K = parts_of_files(ids, removed_K | twin_K)
+    parts_K = np.isin(draws_K, draws_K[removed_K | twin_K])
     reasons = {"n_flagged": flagged_K, "n_over_line": over_K, "n_duplicates": duplicate_K}
     counts, seen_K = {}, np.zeros(len(sim_K), bool)
     for name, which_K in {**reasons, "n_removed_with_them": parts_K}.items():
         counts[name] = int((which_K & ~seen_K).sum())
         seen_K |= which_K
     return Filter(~parts_K, flagged_K, over_K, counts)
-
-
-def parts_of_files(ids: Sequence[str], removed_K: np.ndarray) -> np.ndarray:
-    """The images removed, and the others of their files: in an id, a '#' parts the file's path from the slice's number."""
-    files = np.array([str(name).split("#")[0] for name in ids])
-    return np.isin(files, files[removed_K])
 
 
 def training_images(synthetic: Sequence, train: Sequence, in_order: Callable[..., Iterator], batch: int) -> np.ndarray:
@@ -180,6 +174,7 @@ def said_of_missed(seen: Mapping[str, Any]) -> str:
 def decide(
     result: Mapping[str, Any],
     recall: Mapping[str, Any],
+    by_kind: Sequence[Mapping[str, Any]],
     n_over: int,
     kept: int,
     again: Sequence[Mapping[str, Any]],
@@ -191,7 +186,8 @@ def decide(
     be left than the policy allows, if the generator's copies are as the planted ones. INCONCLUSIVE otherwise.
 
     Args:
-      result: `audit.json` of the whole set. recall: `controls.overall` at the line. n_over: images at or above it.
+      result: `audit.json` of the whole set. recall, by_kind: `controls.overall` and the rows of `controls.recalls` that count,
+        at the line. n_over: images at or above it.
       again: rows of the second looks, each with `space`, `verdict` and `reasons`.
     Returns:
       (verdict, reasons, {copies_left_at_most, copy_rate_at_most}); the last two None where nothing bounds them.
@@ -206,19 +202,7 @@ def decide(
         return "FAIL", found, bound
     if not kept:
         return "INCONCLUSIVE", ["the filter removed every image: there is nothing to release"], bound
-    doubts = []
-    if result["rendering"]["differs"]:
-        doubts.append(
-            "synthetic and real images are rendered differently, so no similarity holds, the filter's neither"
-        )
-    if result["negative_control"]["excess_p_value"] < verdict.DOUBT:
-        doubts.append(
-            "the negative control is too high, so the unseen patients do not show what an innocent image is like"
-        )
-    if recall["recall"] < policy["min_recall"]:
-        doubts.append(
-            f"the filter catches {percent(recall['recall'])} of planted copies; the policy asks for {percent(policy['min_recall'])}"
-        )
+    doubts = [*verdict.broken(result), *verdict.untested(result), *verdict.missed("filter", recall, by_kind, policy)]
     rate = bound["copy_rate_at_most"]
     if rate is None or rate > policy["max_copy_rate"]:
         most = "any number" if rate is None else f"up to {bound['copies_left_at_most']} ({percent(rate)})"
@@ -242,10 +226,10 @@ def decide(
 # ---- files
 
 
-def write(folder: Path, source: Path, ids: Sequence[str], keep_K: np.ndarray, said: Mapping[str, Any]) -> None:
-    """Copies the files kept from `source` into `folder`, with `manifest.csv` (path, sha256) and `RELEASE.json` (`said`).
+def write(folder: Path, source: Path, files: Sequence[str], said: Mapping[str, Any]) -> None:
+    """Copies `files` from `source` into `folder`, with `manifest.csv` (path, sha256) and `RELEASE.json` (`said`).
 
-    The folder is made aside and moved into place whole. An image's id is its path; see `parts_of_files`.
+    The folder is made aside and moved into place whole. A file of several images may be named several times.
 
     Raises:
       FileExistsError: the folder holds anything but an earlier release: a release is never mixed with what was there.
@@ -258,7 +242,7 @@ def write(folder: Path, source: Path, ids: Sequence[str], keep_K: np.ndarray, sa
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(FIELDS)
-        for path in dict.fromkeys(str(ids[i]).split("#")[0] for i in np.flatnonzero(keep_K)):
+        for path in dict.fromkeys(map(str, files)):
             target = aside / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, target)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detection import calibrate
+
 TOLERANCE = 0.8  # standard deviations; docs/audit.md has the simulation that it is from
 SURE = 0.01
 # least standard deviation of a mark, in its unit: where real images are as one, a difference is certain and harmless
@@ -143,6 +145,7 @@ def compare(
     val: Seen,
     patients_M: np.ndarray,
     syn: Seen,
+    draws_K: np.ndarray,
     names: Sequence[str],
     *,
     seed: int,
@@ -152,9 +155,10 @@ def compare(
 
     Every mark is compared by its mean, and each log power also by its dispersion, the mean distance from the median of
     both sets: half of a set blurred changes that where the mean does not change. A patient counts as much as another and
-    as one synthetic image.
+    as one draw of synthetic images.
 
     Args:
+      draws_K: the draw that each synthetic image is of; see `calibrate`.
       names: of the marks (`mark_names`).
       fitted: the images were filtered to a common spectrum by gains found on as many other images of both sets. The
         error of these gains is then in the difference as much as the error of this sample is; the statistic is divided
@@ -163,7 +167,7 @@ def compare(
       gap_db: 10 log10 of synthetic over validation mean power, per band from low to high frequency (None where a band
       is empty). worst_gap_db: the largest in size among bands holding at least 0.1 % of the variance. effects: a row per
       comparison: `of` what, its `effect`, the difference in standard deviations of the validation images (with FLOOR), and its
-      `p_value` by permuting patients (each represented by its mean) and synthetic images, adjusted for all comparisons by
+      `p_value` by permuting patients and draws (each represented by its mean), adjusted for all comparisons by
       the maximum of their statistics (Westfall and Young 1993), each divided by its standard error, as a patient's mean
       of many images varies less than one synthetic image does (Chung and Romano 2013). worst_of, worst_effect, p_value:
       the row that decides, the largest effect of those with a p_value under SURE, or of all if there is none. tolerance:
@@ -175,14 +179,13 @@ def compare(
     powers = [i for i, kind in enumerate(kinds) if kind == "power"]
     far = lambda marks: np.concatenate([marks, np.abs(marks - centre)[:, powers]], 1)
     of = [*names, *(f"dispersion of {names[i]}" for i in powers)]
-    _, inverse, size = np.unique(patients_M, return_inverse=True, return_counts=True)
-    by_patient = np.zeros((len(size), len(of)))
-    np.add.at(by_patient, inverse, far(val.marks) / size[inverse, None])
-    spread = np.sqrt(np.average((val.marks - by_patient.mean(0)[: len(names)]) ** 2, axis=0, weights=1 / size[inverse]))
+    by_patient, by_draw = means(far(val.marks), patients_M), means(far(syn.marks), draws_K)
+    each = calibrate.patient_weights(patients_M)
+    spread = np.sqrt(np.average((val.marks - by_patient.mean(0)[: len(names)]) ** 2, axis=0, weights=each))
     spread = np.hypot(spread, [FLOOR[kind] for kind in kinds])
     spread = np.concatenate([spread, spread[powers]])
-    effects = (far(syn.marks).mean(0) - by_patient.mean(0)) / spread
-    p = adjusted_p(by_patient, far(syn.marks), np.sqrt(2) if fitted else 1.0, seed)
+    effects = (by_draw.mean(0) - by_patient.mean(0)) / spread
+    p = adjusted_p(by_patient, by_draw, np.sqrt(2) if fitted else 1.0, seed)
     certain = p < SURE
     worst = int(np.argmax(np.abs(effects) * (certain if certain.any() else 1)))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -200,6 +203,14 @@ def compare(
         "tolerance": TOLERANCE,
         "differs": bool(certain[worst] and abs(effects[worst]) > TOLERANCE),
     }
+
+
+def means(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """(groups, F): the mean of the rows (N, F) of each group, say patient, of `of` (N,)."""
+    _, inverse, size = np.unique(of, return_inverse=True, return_counts=True)
+    found = np.zeros((len(size), rows.shape[1]))
+    np.add.at(found, inverse, rows / size[inverse, None])
+    return found
 
 
 def adjusted_p(one: np.ndarray, other: np.ndarray, inflation: float, seed: int) -> np.ndarray:

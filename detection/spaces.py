@@ -323,6 +323,7 @@ def section(
     patients_M: np.ndarray,
     patients_Q: np.ndarray,
     detector_flags_K: np.ndarray,
+    draws_K: np.ndarray,
     *,
     fdr: float,
     seed: int,
@@ -332,12 +333,11 @@ def section(
 
     Args:
       patients_M: of the validation images. patients_Q: of the training images that were copied.
-      detector_flags_K: what the calibrated test flags in the detector's space.
+      detector_flags_K: what the calibrated test flags in the detector's space. draws_K: what each synthetic image is of.
     Returns:
       auc, recall_at_fpr_01, recall_at_fpr_05 with `_ci`, and fpr_01_ci, fpr_05_ci: planted copies, standard strength of
       every kind together, against validation images; over patients of both (`roc.summary`). None without copies.
-      n_flagged, flag_rate_ci: by the calibrated test in this space; Clopper-Pearson over synthetic images, the null
-      taken as given. agreement, agreement_ci: of the images flagged here or by the detector, the share flagged by both
+      n_flagged, flag_rate_ci: by the calibrated test in this space; `calibrate.draws_interval`, the null taken as given. agreement, agreement_ci: of the images flagged here or by the detector, the share flagged by both
       (Jaccard), Clopper-Pearson over those images; None where there are none. kappa: Cohen's, chance-corrected; None
       where both flag all or both flag none.
     """
@@ -355,7 +355,7 @@ def section(
     return {
         **told,
         "n_flagged": int(flags_K.sum()),
-        "flag_rate_ci": list(calibrate.clopper_pearson(flags_K.sum(), len(flags_K))),
+        "flag_rate_ci": list(calibrate.draws_interval(flags_K, draws_K)),
         "agreement": both / either if either else None,
         "agreement_ci": list(calibrate.clopper_pearson(both, either)) if either else None,
         "kappa": kappa(flags_K, detector_flags_K),

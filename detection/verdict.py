@@ -1,8 +1,9 @@
 """From the numbers of an audit to a decision: PASS, FAIL or INCONCLUSIVE, with the reasons and an exit code."""
 
+from collections.abc import Sequence
 from typing import Any
 
-EXIT = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4}
+CODES = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4}
 DOUBT = 0.01  # the negative control is out of order if it is as high by chance with less than this probability
 POLICY = ("max_copy_rate", "max_patients", "min_recall", "min_recall_of_kind", "min_power")
 
@@ -14,8 +15,8 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
     control too high) is INCONCLUSIVE, whatever it found, since its finds may be false. Copies found beyond the policy, be
     they named or only counted (`enrichment`), FAIL, however weak the audit: a weak one can only have missed more. Copies
     not found PASS only if there are no more than the policy allows, by an upper bound that rests on what planted copies
-    are seen; if enough of them are, of each kind too; if the audit had the power to see copies at the allowed rate; and if
-    its negative control could have failed.
+    are seen; if enough of them are, of each kind too; if the audit had the power to see copies at the allowed rate; if
+    its negative control could have failed; and if it is stated whom the generator was trained on.
 
     Args:
       policy: max_copy_rate: largest acceptable rate of copies among the synthetic images; max_patients: largest
@@ -30,7 +31,7 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
     check(policy)
     percent = lambda rate: f"{100 * rate:.1f} %"
     span = lambda ci: f"[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
-    calibrated, bounds, power, negative = (result[k] for k in ("calibrated", "bounds", "power", "negative_control"))
+    calibrated, bounds, power = (result[k] for k in ("calibrated", "bounds", "power"))
     k, n_val = result["n_syn"], result["n_val_patients"]
     allowed = percent(policy["max_copy_rate"])
     flagged = (
@@ -42,27 +43,9 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
         f"with {100 * bounds['confidence']:g} % confidence at each end"
     )
 
-    broken = []
-    look = result["rendering"]
-    if look["differs"]:
-        broken.append(
-            f"synthetic and real images are rendered differently ({look['worst_of']}: {look['worst_effect']:+.1f} standard "
-            "deviations): high similarity may be smoothness, low similarity noise"
-        )
-    if negative["excess_p_value"] < DOUBT:
-        broken.append(
-            f"the negative control is too high: {percent(negative['flag_rate'])} of unseen patients' images look like copies "
-            f"at a nominal {percent(negative['nominal'])} (chance of as many: {negative['excess_p_value']:.4f})"
-        )
-    if broken:
-        return "INCONCLUSIVE", [*broken, flagged, between]
-
-    blind = []
-    if negative["smallest_excess_p_value"] >= DOUBT:
-        blind.append(
-            f"the negative control, of {negative['n_patients']} patients, could not have failed whatever they look like: more "
-            "control or unseen patients are needed"
-        )
+    if wrong := broken(result):
+        return "INCONCLUSIVE", [*wrong, flagged, between]
+    blind = untested(result)
 
     found = []
     if calibrated["n_mem_patients"] > policy["max_patients"]:
@@ -77,25 +60,13 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
     if found:
         return "FAIL", [*found, *blind]
 
-    low, least = power["recall_ci"][0], policy["min_recall"]
-    seen = f"{percent(power['recall'])} {span(power['recall_ci'])}"
-    if low < least:
-        mend = (
-            "the interval is too wide: plant more copies (audit.planted)"
-            if power["recall"] >= least
-            else "a better detector is needed"
-        )
+    blind += missed("audit", power, bounds["by_kind"], policy)
+    if bounds["contradict"]:
         blind.append(
-            f"the audit sees {seen} of planted copies; the policy asks for {percent(least)} by the lower end: {mend}"
+            f"at least {bounds['at_least']} of {k} synthetic images are copies, more than the planted ones allow: these "
+            "copies are less similar to their originals than planted ones, so nothing says how many there are at most"
         )
-    unseen = [row for row in bounds["by_kind"] if row["recall"] < policy["min_recall_of_kind"]]
-    if unseen:
-        kinds = ", ".join(f"{row['kind']} ({percent(row['recall'])})" for row in unseen)
-        blind.append(
-            f"of some kinds of planted copies the audit sees too few: {kinds}; the policy asks for "
-            f"{percent(policy['min_recall_of_kind'])} of each: a better detector is needed"
-        )
-    if bounds["at_most_rate"] > policy["max_copy_rate"]:
+    elif bounds["at_most_rate"] > policy["max_copy_rate"]:
         blind.append(
             f"up to {percent(bounds['at_most_rate'])} of the synthetic images may be copies; the policy allows {allowed}: "
             f"{bounds['n_above']} of {k} are more similar than {unseen_patients(bounds['rank'], n_val)}, "
@@ -113,9 +84,75 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
         return "INCONCLUSIVE", [*blind, flagged, between]
     return "PASS", [
         f"{flagged}; {between}; allowed are {allowed}",
-        f"planted copies are seen with recall {seen}, and a copy rate of {allowed} would have been noticed with probability "
+        f"planted copies are seen with recall {percent(power['recall'])} {span(power['recall_ci'])}, and a copy rate of {allowed} would have been noticed with probability "
         f"{percent(power['at_max_copy_rate'])}",
     ]
+
+
+def exit_code(result: dict[str, Any]) -> int:
+    """What a pipeline sees of `audit.json`: 0 only for a PASS, of what was released where a release was asked for."""
+    release = result["release"]
+    refused = release and not release["released"] and result["verdict"] == "FAIL"
+    return CODES[(result if refused or not release else release)["verdict"]]
+
+
+def broken(result: dict[str, Any]) -> list[str]:
+    """What is out of order with the audit's instruments, so that its finds may be false; nothing if all is well."""
+    look, negative = result["rendering"], result["negative_control"]
+    wrong = []
+    if look["differs"]:
+        wrong.append(
+            f"synthetic and real images are rendered differently ({look['worst_of']}: {look['worst_effect']:+.1f} standard "
+            "deviations): high similarity may be smoothness, low similarity noise"
+        )
+    if negative["excess_p_value"] < DOUBT:
+        wrong.append(
+            f"the negative control is too high: {100 * negative['flag_rate']:.1f} % of unseen patients' images look like "
+            f"copies at a nominal {100 * negative['nominal']:.1f} % (chance of as many: {negative['excess_p_value']:.4f})"
+        )
+    return wrong
+
+
+def untested(result: dict[str, Any]) -> list[str]:
+    """What nothing shows to be in order with them, whatever was found."""
+    negative, doubts = result["negative_control"], []
+    if not result["stated"]:
+        doubts.append(
+            "nobody stated which patients the generator was trained on, and the split by ids need not be its: copies of those "
+            "it has seen and we call unseen look innocent; state them by data.splits, or a manifest's column split"
+        )
+    if negative["smallest_excess_p_value"] >= DOUBT:
+        doubts.append(
+            f"the negative control, of {negative['n_patients']} patients, could not have failed whatever they look like: more "
+            "control or unseen patients are needed"
+        )
+    return doubts
+
+
+def missed(who: str, recall: dict[str, Any], by_kind: Sequence[dict[str, Any]], policy: dict[str, float]) -> list[str]:
+    """Where planted copies are seen less often than the policy asks for, of all kinds and of each.
+
+    Args:
+      recall: `controls.overall`. by_kind: rows of `controls.recalls` that count, at the same line.
+    """
+    percent, found = lambda rate: f"{100 * rate:.1f} %", []
+    (low, high), least = recall["recall_ci"], policy["min_recall"]
+    if low < least:
+        enough = recall["recall"] >= least
+        mend = (
+            "the interval is too wide: plant more copies (audit.planted)" if enough else "a better detector is needed"
+        )
+        found.append(
+            f"the {who} sees {percent(recall['recall'])} [{100 * low:.1f}, {100 * high:.1f}] of planted copies; the policy "
+            f"asks for {percent(least)} by the lower end: {mend}"
+        )
+    if unseen := [row for row in by_kind if row["recall"] < policy["min_recall_of_kind"]]:
+        kinds = ", ".join(f"{row['kind']} ({percent(row['recall'])})" for row in unseen)
+        found.append(
+            f"of some kinds of planted copies the {who} sees too few: {kinds}; the policy asks for "
+            f"{percent(policy['min_recall_of_kind'])} of each: a better detector is needed"
+        )
+    return found
 
 
 def unseen_patients(rank: int, n: int) -> str:
@@ -125,21 +162,23 @@ def unseen_patients(rank: int, n: int) -> str:
 
 def mended(result: dict[str, Any]) -> str:
     """How many more images or patients would do, if recall stays as it is."""
-    enough, have = result["power"]["enough"], {"n_syn": result["n_syn"], "n_val_patients": result["n_val_patients"]}
+    enough = result["power"]["enough"]
+    have = {"n_syn": result["n_draws"], "n_val_patients": result["n_val_patients"]}
+    images = "synthetic images" if result["n_draws"] == result["n_syn"] else "independent synthetic images"
     if all(enough[name] == n for name, n in have.items()):
         return "; audits of this size pass four times in five if nothing is copied"
     ways = [
         f"{enough[name]} {what} with these {have[other]} {others}"
         for name, what, other, others in (
-            ("n_syn", "synthetic images", "n_val_patients", "unseen patients"),
-            ("n_val_patients", "unseen patients", "n_syn", "synthetic images"),
+            ("n_syn", images, "n_val_patients", "unseen patients"),
+            ("n_val_patients", "unseen patients", "n_syn", images),
         )
         if enough[name]
     ]
     if result["power"]["recall_ci"][0] <= 0:
         return ""
     if not ways:
-        return "; more of both, synthetic images and unseen patients, are needed"
+        return f"; more of both, {images} and unseen patients, are needed"
     return f"; enough would be about {', or '.join(ways)}"
 
 

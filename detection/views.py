@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from detection import rendering
+from detection import redaction, rendering
 from launch import mesh
 
 
@@ -52,26 +52,22 @@ def like_for_like(
 
     names = rendering.mark_names(val.images[0].shape[:-1], band)
     raw, made = seen(val.images, as_it_is), seen(synthetic.images, as_it_is)
-    before = rendering.compare(raw, val.patients, made, names, seed=seed)
+    draws = synthetic.patients
+    before = rendering.compare(raw, val.patients, made, draws, names, seed=seed)
     if render is None:
         rng = np.random.default_rng(seed)
         fit_M, rest_M = halves(val.patients, rng)
-        fit_K, rest_K = halves(np.arange(len(made.marks)), rng)
+        fit_K, rest_K = halves(draws, rng)
         filters = rendering.common_filters(raw.shares[fit_M], made.shares[fit_K])
         view = lambda gain: lambda x: rendering.apply_filter(x, gain)
         real, fake, kind = view(filters.real), view(filters.synthetic), "low-pass to the common spectrum"
         one, other = seen(val.images, real).take(rest_M), seen(synthetic.images, fake).take(rest_K)
-        report = rendering.compare(one, val.patients[rest_M], other, names, seed=seed, fitted=True)
+        report = rendering.compare(one, val.patients[rest_M], other, draws[rest_K], names, seed=seed, fitted=True)
     else:
         real, fake, kind = render, as_it_is, "round trip through the autoencoder"
-        report = rendering.compare(seen(val.images, real), val.patients, made, names, seed=seed)
+        report = rendering.compare(seen(val.images, real), val.patients, made, draws, names, seed=seed)
     gap = rendering.worst_gap(raw.shares, made.shares, band)
-    caveats = []
-    if abs(gap) > rendering.RAW_GAP_DB:
-        caveats.append(
-            f"before real and synthetic images were rendered alike, synthetic ones had {gap:+.1f} dB of the power of unseen "
-            "ones in a frequency band that similarity rests on: little of what tells patients apart there may be left in both"
-        )
+    caveats = [redaction.LOUD.format(f"{gap:+.1f}")] if abs(gap) > rendering.RAW_GAP_DB else []
     raw_keys = {"raw_gap_db": before["gap_db"], "raw_worst_gap_db": before["worst_gap_db"]}
     return Views(real, fake, {"kind": kind, "band": list(band), **report, **raw_keys}, caveats)
 

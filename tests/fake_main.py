@@ -51,6 +51,8 @@ def main(argv):
         "n_train_patients": 40,
         "n_val_patients": 160,
         "n_syn": 128,
+        "n_draws": 128,
+        "stated": True,
         "calibrated": {**both("copy_rate", rate), **both("n_mem_patients", round(40 * rate))},
         "paper": {**both("copy_rate", rate / 2), **both("null_copy_rate", 0.03), **both("mem_rate", rate / 3)},
     }

@@ -220,6 +220,8 @@ def complete(result, found, verdict="FAIL", seed=0):
             "recall_ci": [0.9108, 0.9714],
             "enough": {"n_syn": 3417, "n_val_patients": None},
         },
+        "n_draws": result["n_syn"],
+        "stated": True,
         "bounds": bounds(found),
         "positive_control": [
             {

@@ -30,9 +30,12 @@ def people(seed, n):
     return (fields / (3.5 * fields.std())).clip(-1, 1).astype(np.float32)[..., None]
 
 
-def named(images, name):
+def named(images, name, per=1):
+    """Images of patients, or of draws of a generator, who have so many each; in a file each."""
     ids = np.array([f"{name}-{i:03d}.png" for i in range(len(images))])
-    return SimpleNamespace(images=images, ids=ids, patients=ids)
+    return SimpleNamespace(
+        images=images, ids=ids, patients=np.arange(len(images)) // per if per > 1 else ids, files=ids
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +45,18 @@ def sets():
     }
 
 
-def run(sets, synthetic, folder, drawn=False, **other):
-    """An audit; its pictures and its page only if `drawn`."""
+def run(sets, synthetic, folder, drawn=False, per=1, **other):
+    """An audit; its pictures and its page only if `drawn`. `per`: synthetic images of one draw."""
     settings = dict(
         render=None, plants=PLANTS, again=None, others={}, losses=None, levels=(), described={}, redact=False, source=folder / "source", in_order=data.in_order, folder=folder / "audit",
-        caveats=[], policy=POLICY, release_to=None, release_level=0.05, release_anyway=False, quality=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, slow_images=2000, batch=32, seed=0,
+        stated=True, caveats=[], policy=POLICY, release_to=None, release_level=0.05, release_anyway=False, quality=None, fdr=0.1, percentile=95.0, pairs=4, planted=40, slow_images=2000, batch=32, seed=0,
     )  # fmt: skip
     space = other.pop("space", REGISTERED)
     with contextlib.ExitStack() as stack:
         if not drawn:
             stack.enter_context(mock.patch.object(outputs, "draw"))
             stack.enter_context(mock.patch.object(report, "write"))
-        return audit(space, sets, named(synthetic, "syn"), **settings | other)
+        return audit(space, sets, named(synthetic, "syn", per), **settings | other)
 
 
 def test_training_images_are_all_copies(sets, tmp_path):
@@ -74,6 +77,32 @@ def test_unseen_patients_are_no_copies(sets, tmp_path, seed):
     assert result["verdict"] == "PASS", result["reasons"]
     assert result["bounds"]["at_most_rate"] <= 0.3 and result["power"]["recall"] > 0.9
     assert all(row["recall"] == 1 for row in result["positive_control"] if row["kind"] == "identity")
+
+
+def test_slices_of_a_few_volumes_are_no_many_images(sets, tmp_path):
+    """60 innocent slices of 10 volumes: ten draws say little of the generator, and one volume alone accuses nobody."""
+    alone = run(sets, people(100, 60), tmp_path / "alone")
+    synthetic = np.concatenate([people(100, 54), 0.9 * sets["train"].images[:6] + 0.1 * people(8, 6)])
+    result = run(sets, synthetic, tmp_path / "volumes", per=6)
+    assert (alone["n_draws"], result["n_syn"], result["n_draws"]) == (60, 60, 10)
+    assert not alone["caveats"] and "parts of 10 draws of the generator" in result["caveats"][0]
+    assert result["bounds"]["n_above"] >= 6 and result["bounds"]["at_least"] == 0, (
+        "a volume that is near is one that is near"
+    )
+    assert run(sets, synthetic, tmp_path / "images")["bounds"]["at_least"] >= 1, "as images they would accuse"
+    again = run(sets, people(100, 60), tmp_path / "alone", per=6)
+    assert alone["verdict"] == "PASS" and again["verdict"] == "INCONCLUSIVE"
+    assert again["bounds"]["at_most_rate"] > 0.3 > alone["bounds"]["at_most_rate"]
+    low, high = again["calibrated"]["copy_rate_ci"]
+    assert low == 0 and high >= 0.3, "nothing of 10"
+
+
+def test_no_pictures_if_none_are_wanted(sets, tmp_path):
+    run(sets, people(9, 20), tmp_path, drawn=True, space=PIXELS)
+    assert (tmp_path / "audit" / "pairs.png").exists()
+    run(sets, people(9, 20), tmp_path, drawn=True, space=PIXELS, pairs=0)
+    there = {path.name for path in (tmp_path / "audit").iterdir()}
+    assert "pairs.png" not in there and {"audit.json", "histogram.png", "verdicts.csv", "report.html"} <= there
 
 
 BLUR = lambda x: np.stack([ndimage.gaussian_filter(i, (1.2, 1.2, 0)) for i in x])
@@ -239,10 +268,12 @@ def test_slow_spaces_and_baselines_say_what_they_are_of(sets, tmp_path):
 
 BASE = {
     "n_syn": 200,
+    "n_draws": 200,
+    "stated": True,
     "n_val_patients": 500,
     "calibrated": {"n_copies": 0, "copy_rate": 0.0, "copy_rate_ci": [0.0, 0.02], "n_mem_patients": 0},
     "bounds": {
-        "confidence": 0.95, "p_value": 1.0, "at_least": 0, "at_least_rate": 0.0, "at_most_rate": 0.021,
+        "confidence": 0.95, "p_value": 1.0, "at_least": 0, "at_least_rate": 0.0, "at_most_rate": 0.021, "contradict": False,
         "rank": 1, "n_above": 0, "n_above_expected": 0.4, "by_kind": [{"kind": "flip", "recall": 0.9}],
     },
     "power": {
@@ -289,14 +320,37 @@ WEAK = {"power": {"recall_ci": [0.75, 0.98]}}
             {}, "INCONCLUSIVE", "more of both",
         ),
         ({"negative_control": {"smallest_excess_p_value": 0.05}}, {}, "INCONCLUSIVE", "could not have failed"),
+        ({"stated": False}, {}, "INCONCLUSIVE", "nobody stated which patients"),
+        ({"stated": False} | COPIES, {}, "FAIL", "40 of 200"),
+        (
+            {"bounds": {"at_least": 4, "at_least_rate": 0.02, "at_most_rate": 1.0, "contradict": True}},
+            {"max_patients": 1}, "INCONCLUSIVE", "at least 4 of 200 synthetic images are copies, more than the planted",
+        ),
+        (
+            {"n_draws": 20, "bounds": {"at_most_rate": 0.3}, "power": {"enough": {"n_syn": 126, "n_val_patients": None}}},
+            {}, "INCONCLUSIVE", "about 126 independent synthetic images with these 500",
+        ),
         ({"rendering": {"differs": True}} | COPIES, {}, "INCONCLUSIVE", "rendered differently"),
         ({"negative_control": {"excess_p_value": 0.001}} | COPIES, {}, "INCONCLUSIVE", "negative control"),
     ],
 )  # fmt: skip
 def test_verdicts(change, policy, word, told):
-    result = {k: {**v, **change.get(k, {})} if isinstance(v, dict) else v for k, v in BASE.items()}
+    result = {k: {**v, **change.get(k, {})} if isinstance(v, dict) else change.get(k, v) for k, v in BASE.items()}
     got, reasons = verdict.decide(result, {**RULES, **policy})
     assert got == word and told in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("whole", "left", "released", "code"),
+    [
+        ("PASS", None, None, 0), ("FAIL", None, None, 3), ("INCONCLUSIVE", None, None, 4), ("FAIL", "PASS", True, 0),
+        ("FAIL", "INCONCLUSIVE", False, 3), ("FAIL", "FAIL", False, 3), ("PASS", "INCONCLUSIVE", False, 4),
+        ("FAIL", "INCONCLUSIVE", True, 4), ("INCONCLUSIVE", "FAIL", False, 3),
+    ],
+)  # fmt: skip
+def test_exit_codes(whole, left, released, code):
+    release = left and {"verdict": left, "released": released}
+    assert verdict.exit_code({"verdict": whole, "release": release}) == code
 
 
 def test_a_control_that_could_not_fail_is_told_beside_a_fail():

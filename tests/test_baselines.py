@@ -93,12 +93,12 @@ def test_c_t_of_unseen_patients_is_small_at_no_more_than_the_nominal_rate(images
 def test_all_three_beside_their_nulls(sets):
     train, syn, val = sets
     control = cloud(np.random.default_rng(4), 60)
-    said = baselines.baselines(train, syn, val, np.arange(80) // 2, control, np.arange(60), seed=0)
+    said = baselines.baselines(train, syn, np.arange(len(syn)), val, np.arange(80) // 2, control, np.arange(60), seed=0)
     assert said["d1_d2"]["rate"] == pytest.approx(0.28) and said["d1_d2"]["null_rate"] < 0.05
     assert said["auth_pct"]["value"] < said["auth_pct"]["null"] - 0.1
     assert said["c_t"]["p_value"] < 0.01 < said["c_t"]["null_p_value"]
     low, high = said["auth_pct"]["null_ci"]
     assert low < said["auth_pct"]["null"] < high
-    few = baselines.baselines(train, syn[:5], val, np.arange(80), control, np.arange(60), seed=0)
+    few = baselines.baselines(train, syn[:5], np.arange(5), val, np.arange(80), control, np.arange(60), seed=0)
     assert few["c_t"]["statistic"] is None and few["c_t"]["cells"] == 0
     json.dumps([said, few], allow_nan=False)

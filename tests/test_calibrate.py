@@ -232,6 +232,25 @@ def test_negative_control_flags_a_leak():
     assert fair["excess_p_value"] > 0.05 and leak["excess_p_value"] < 1e-3
 
 
+@pytest.mark.parametrize("images", [1, 3, 7])
+def test_rounded_weights_hide_no_leak(images):
+    """19 unseen patients: an image above all of them has p = 1 / 20, the nominal level, whatever the sum of weights is."""
+    who = np.repeat(np.arange(19), images)
+    null = np.random.default_rng(0).normal(size=len(who))
+    control = calibrate.negative_control(np.full(40, 9.0), np.arange(40), null, who, nominal=0.05, seed=0)
+    assert control["flag_rate"] == 1 and control["excess_p_value"] == control["smallest_excess_p_value"] < 1
+
+
+def test_flagged_shares_of_parts_are_as_sure_as_their_draws():
+    null, who = np.linspace(0, 1, 400), np.arange(400)
+    scores = np.repeat([2.0, 0.2], [100, 100])
+    sure = calibrate.calibrated_test(scores, null, who, fdr=0.1, seed=0)
+    parts = calibrate.calibrated_test(scores, null, who, fdr=0.1, seed=0, draws_K=np.arange(200) // 20)
+    one = calibrate.calibrated_test(scores[::20], null, who, fdr=0.1, seed=0)
+    assert sure.rate == parts.rate == one.rate == 0.5 and np.array_equal(sure.flagged_K, parts.flagged_K)
+    assert sure.rate_ci[0] > 0.4 > 0.2 > parts.rate_ci[0] and parts.rate_ci == pytest.approx(one.rate_ci, abs=0.03)
+
+
 def test_broken_scores_are_told():
     with pytest.raises(ValueError, match="not finite"):
         calibrate.conformal_p(np.array([np.nan]), np.array([0.0]), np.array([0]))

@@ -92,6 +92,48 @@ def test_the_line_is_chosen_blind_to_the_synthetic_images():
             assert enrichment.bounds(p_K, 160, lows)["rank"] == rank
 
 
+@pytest.mark.parametrize(("parts", "images"), [((30,), (1,)), ((10,), (10,)), ((1, 5, 20), (1, 5, 20))])
+def test_parts_of_draws_accuse_no_more_than_draws(parts, images):
+    """Innocent volumes of alike slices, against unseen patients: copies are seen in at most one of twenty sets."""
+    rng, seen, as_images = np.random.default_rng(3), 0, 0
+    for _ in range(400):
+        sizes, patients = rng.choice(parts, 10), rng.choice(images, 60)
+        scores, null = (
+            np.repeat(rng.normal(size=len(of)), of) + 0.1 * rng.normal(size=of.sum()) for of in (sizes, patients)
+        )
+        p_K = calibrate.conformal_p(scores, null, np.repeat(np.arange(60), patients))
+        n_draws = calibrate.effective_number(np.repeat(np.arange(10), sizes))
+        seen += enrichment.bounds(p_K, 60, {1: 0.9, 2: 0.9}, n_draws)["at_least"] > 0
+        as_images += enrichment.bounds(p_K, 60, {1: 0.9, 2: 0.9})["at_least"] > 0
+    assert stats.binom.sf(seen - 1, 400, 0.05) > 1e-3
+    if parts == (30,):
+        assert as_images > 0.1 * 400, "taken for independent images they do accuse"
+
+
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(5, 200), st.data())
+@settings(max_examples=50, deadline=None)
+def test_draws_of_equal_parts_are_as_many_images(draws, per, patients, data):
+    """All parts of a draw alike: everything is as if one of each were there, but for counts, which are of images."""
+    p = np.array(data.draw(st.lists(st.integers(1, patients + 1), min_size=draws, max_size=draws))) / (patients + 1)
+    lows = dict.fromkeys(enrichment.ranks(patients, 0.1), 0.9)
+    one, many = enrichment.bounds(p, patients, lows), enrichment.bounds(np.repeat(p, per), patients, lows, draws)
+    same = ("p_value", "at_least_rate", "at_most_rate", "contradict", "rank")
+    assert {key: many[key] for key in same} == pytest.approx({key: one[key] for key in same})
+    for counts, times in ((one, per), (many, 1)):
+        counts |= {"n_above": counts["n_above"] * times, "at_least": counts["at_least"] * times}
+    assert (many["n_above"], many["at_least"]) == (one["n_above"], one["at_least"])
+
+
+def test_copies_less_alike_than_planted_ones_bound_nothing():
+    """None above all 399 unseen patients, 40 above the twentieth, where 6 would be by chance: planted copies are no guide."""
+    p_K = np.append(np.full(40, 15 / 400), np.full(88, 0.5))
+    said = enrichment.bounds(p_K, 399, dict.fromkeys(enrichment.ranks(399, 0.05), 0.9))
+    assert said["rank"] == 1 and said["n_above"] == 0 and said["at_least_rate"] > 0.15
+    assert said["contradict"] and said["at_most_rate"] == 1.0
+    honest = enrichment.bounds(np.append(np.full(5, 1 / 400), np.full(123, 0.5)), 399, {1: 0.9, 20: 0.95})
+    assert not honest["contradict"] and honest["at_least_rate"] < honest["at_most_rate"] < 0.2
+
+
 def test_expected_bound_is_the_mean_of_bounds():
     rng = np.random.default_rng(1)
     q = rng.beta(2, 159, 40_000)

@@ -63,6 +63,25 @@ def test_what_is_registered_is_small():
     assert registration.looks(np.ones((2, 512, 500, 3), np.float32)).shape == (2, 32, 31), "in proportion"
 
 
+@pytest.mark.parametrize(
+    ("size", "small"),
+    [
+        ((4, 256, 256), (4, 70, 70)),
+        ((2, 300, 300), (2, 100, 100)),
+        ((8, 512, 512), (4, 70, 70)),
+        ((1, 24, 24), (1, 24, 24)),
+    ],
+)
+def test_thin_volumes_keep_their_planes(size, small):
+    assert registration.shape(size) == small
+    x = people(6, 8, size)
+    looks = np.asarray(jax.jit(registration.looks)(x))
+    shifted = np.asarray(registration.looks(np.roll(x, size[1] // 40, 1 + 1)))
+    assert looks.shape == (8, *small) and np.isfinite(registration.spectra(looks)).all()
+    same, other = np.asarray(overlaid(shifted, looks)), np.asarray(overlaid(shifted, np.roll(looks, 1, 0)))
+    assert same.min() > other.max() + 0.2
+
+
 def test_candidates_are_registered_and_mirrored_copies_found(monkeypatch):
     monkeypatch.setattr(spaces, "REGISTERED", 48 * 32 * 32)  # several batches, the last of them not full
     train = people(3, 40, (64, 64))

@@ -96,14 +96,14 @@ def test_what_is_left_out_and_why():
     search = lambda q, t: neighbours.Neighbours((q @ t.T).max(1)[:, None], (q @ t.T).argmax(1)[:, None])
     p = np.array([0.01, 0.3, 0.04, 0.06, 0.7, 0.2, 0.8])
     flagged, duplicate = (np.arange(7) == i for i in (0, 6))
-    ids = [f"{name}.nii#z{i}" for i, name in enumerate("abcdbef")]
+    draws = np.array(list("abcdbef"))
     left = release.without_copies(
         found.sim[:, 0],
         p,
         flagged,
         duplicate,
         found.index[:, 0],
-        ids,
+        draws,
         rows,
         search,
         line=0.9,
@@ -174,10 +174,16 @@ def test_a_second_look_is_credited_only_with_what_the_filter_missed():
     assert none == {"n_missed": 0, "recall": None, "recall_ci": None}
 
 
-MAIN = {"rendering": {"differs": False}, "negative_control": {"excess_p_value": 0.5}}
+CONTROL = {"n_patients": 60, "flag_rate": 0.05, "nominal": 0.05, "excess_p_value": 0.5, "smallest_excess_p_value": 1e-9}
+MAIN = {
+    "stated": True,
+    "rendering": {"differs": False, "worst_of": "gradient", "worst_effect": 1.3},
+    "negative_control": CONTROL,
+}
+KINDS = [{"kind": "flip", "recall": 0.9}]
 GOOD = {"recall": 0.98, "recall_ci": [0.95, 0.99]}
 LOOKS = [{"space": "one", "verdict": "INCONCLUSIVE", "reasons": ["blind"]}]
-POLICY = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_power": 0.8}
+POLICY = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_recall_of_kind": 0.5, "min_power": 0.8}
 
 
 @pytest.mark.parametrize(
@@ -195,14 +201,30 @@ POLICY = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_powe
         ),
         ({"rendering": {"differs": True}}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "rendered differently"),
         ({"negative_control": {"excess_p_value": 0.001}}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "negative control"),
-        ({}, {"recall": 0.6, "recall_ci": [0.5, 0.7]}, 0, 200, LOOKS, "INCONCLUSIVE", "catches 60.0 %"),
+        (
+            {"negative_control": {"smallest_excess_p_value": 1.0}},
+            GOOD,
+            10,
+            200,
+            LOOKS,
+            "INCONCLUSIVE",
+            "not have failed",
+        ),
+        ({"stated": False}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "nobody stated"),
+        ({}, {"recall": 0.6, "recall_ci": [0.5, 0.7]}, 0, 200, LOOKS, "INCONCLUSIVE", "filter sees 60.0 %"),
+        ({}, {"recall": 0.85, "recall_ci": [0.7, 0.9]}, 0, 200, LOOKS, "INCONCLUSIVE", "plant more copies"),
+        ({"kinds": [*KINDS, {"kind": "crop", "recall": 0.2}]}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "crop (20.0 %)"),
         ({}, GOOD, 100, 20, LOOKS, "INCONCLUSIVE", "of the 20 images left may be copies"),
-        ({}, {"recall": 0.9, "recall_ci": [0.0, 1.0]}, 0, 20, LOOKS, "INCONCLUSIVE", "any number"),
+        ({}, {"recall": 0.9, "recall_ci": [0.0, 1.0]}, 0, 20, LOOKS, "INCONCLUSIVE", "plant more copies"),
         ({}, GOOD, 128, 0, [], "INCONCLUSIVE", "nothing to release"),
     ],
 )
 def test_verdicts_on_what_is_left(main, recall, n_over, kept, again, word, told):
-    got, reasons, bound = release.decide({**MAIN, **main}, recall, n_over, kept, again, POLICY)
+    kinds = main.pop("kinds", KINDS) if "kinds" in main else KINDS
+    result = {
+        key: {**of, **main.get(key, {})} if isinstance(of, dict) else main.get(key, of) for key, of in MAIN.items()
+    }
+    got, reasons, bound = release.decide(result, recall, kinds, n_over, kept, again, POLICY)
     assert got == word and told in reasons[0]
     assert (bound["copy_rate_at_most"] is None) == (not kept or not recall["recall_ci"][0])
 
@@ -216,6 +238,17 @@ def test_broken_instruments_release_nothing(sets, tmp_path):
 
 
 # ---- the folder
+
+
+def test_a_name_may_hold_any_sign(sets, tmp_path):
+    """'#', say, which parts slices from files in the ids of images."""
+    ids = np.array([f"sub/img#{i:04d}.png" for i in range(3)])
+    (tmp_path / "sub").mkdir()
+    for name in ids:
+        (tmp_path / name).write_bytes(name.encode())
+    release.write(tmp_path / "to", tmp_path, ids[[0, 2, 2]], {"verdict": "PASS"})
+    assert {path.name for path in (tmp_path / "to" / "sub").iterdir()} == {"img#0000.png", "img#0002.png"}
+    assert len((tmp_path / "to" / "manifest.csv").read_text().splitlines()) == 3
 
 
 def test_nothing_is_written_unless_it_passes_or_is_told_to(sets, tmp_path):

@@ -86,7 +86,7 @@ def seen(x, band=BAND):
 def compared(val, syn, band=BAND, patients=None, **how):
     names = rendering.mark_names(val.shape[1:-1], band)
     patients = np.arange(len(val)) if patients is None else patients
-    return rendering.compare(seen(val, band), patients, seen(syn, band), names, seed=0, **how)
+    return rendering.compare(seen(val, band), patients, seen(syn, band), np.arange(len(syn)), names, seed=0, **how)
 
 
 def made_elsewhere(val, syn, band=BAND, seed=0):

@@ -192,6 +192,8 @@ def test_every_leaf_of_audit_json_is_shown(result, pairs):
             unseen.append(pointer)
     assert set(unseen) == {
         "/rendering/differs",  # in words
+        "/bounds/contradict",
+        "/stated",
         "/release/released",
         "/absent",  # nothing is
         "/paper/mem_rate_size_matched_extrapolated",
@@ -236,8 +238,9 @@ def test_the_least_of_an_audit_json_makes_a_report(pairs):
         "probability": 0.8,
     }
     page = render(made, [])
-    assert text_of(section(page, "power")).count("none: too few unseen patients") == 2
-    assert "There are too few unseen patients" in text_of(section(page, "rests"))
+    assert text_of(section(page, "power")).count("none: too few unseen patients") == 1
+    assert text_of(section(page, "power")).count("none, by these unseen patients and planted copies") == 1
+    assert "no copy rate would be found" in text_of(section(page, "rests"))
 
 
 def test_spaces_and_baselines_that_could_not_be_measured_say_so(result, pairs):

@@ -40,9 +40,8 @@ def real(tmp_path_factory):
     sizes = {"train": 40, "val": 100, "control": 40}
     sets = {name: named(people(i, n), name) for i, (name, n) in enumerate(sizes.items())}
     copies = np.concatenate([sets["train"].images[:12], people(9, 48)])
-    synthetic = SimpleNamespace(
-        images=copies, ids=np.array([f"made/{i:03d}.png" for i in range(60)]), patients=np.full(60, "")
-    )
+    ids = np.array([f"made/{i:03d}.png" for i in range(60)])
+    synthetic = SimpleNamespace(images=copies, ids=ids, patients=ids, files=ids)
     (folder / "source" / "made").mkdir(parents=True)
     for name in synthetic.ids:
         (folder / "source" / name).write_bytes(name.encode())
@@ -55,7 +54,7 @@ def real(tmp_path_factory):
 
     settings = dict(
         render=None, plants=test_audit.PLANTS, again=spaces.by_correlation(lambda x: views.pixels(x[:, ::2, ::2])),
-        others={"pixels": spaces.by_correlation(views.pixels)}, levels=(0.2, 0.6), caveats=NOTES, redact=True,
+        others={"pixels": spaces.by_correlation(views.pixels)}, levels=(0.2, 0.6), stated=True, caveats=NOTES, redact=True,
         losses=lambda x: jnp.stack([jnp.square(x).mean((1, 2, 3)), jnp.abs(x).mean((1, 2, 3))], 1),
         described={"config": {"data": {"path": "/srv/ward 7", "layout": "auto"}}, "environment": {"python": "3.11"}},
         quality=lambda keep_K: ldm.before_and_after(judged(np.ones(60, bool)), judged(keep_K), "synthetic"),
@@ -113,7 +112,7 @@ def test_every_number_of_a_real_audit_is_shown(real):
         above = {report.pointer(keys[:n]) for n in range(1, len(keys) + 1)}
         if value not in (None, {}) and not above & shown and not (isinstance(value, str) and value in words):
             unseen.add("/".join("*" if isinstance(key, int) else str(key) for key in keys))
-    in_words = {"rendering/differs", "release/released"}
+    in_words = {"rendering/differs", "release/released", "stated", "bounds/contradict"}
     in_words |= {
         f"{a}_extrapolated" for a in ("paper/mem_rate_size_matched", "calibrated/size_matched", "paper/null_mem_rate")
     }
@@ -121,6 +120,18 @@ def test_every_number_of_a_real_audit_is_shown(real):
 
 
 # ---- redaction
+
+
+def test_the_codes_own_words_stay_in_what_is_shared(real):
+    """Sentences that hold nothing but counts, and the names of what was measured."""
+    result, _, _ = real
+    ours = [redaction.PARTS.format(300, 10, 9), redaction.LOUD.format("-10.3"), redaction.CHOSEN, redaction.PER_IMAGE]
+    ours.append(redaction.VOXELS.format("1 x 0.5 x 0.5", "1e+03 x 2 x 2"))
+    strangers = [f"{ours[0]} of SMITH JOHN", redaction.VOXELS.format("SMITH JOHN", 1)]
+    clean = redaction.redacted(result | {"caveats": [*ours, *strangers]})
+    assert clean["caveats"][:-1] == ours and clean["caveats"][-1].startswith("2 more")
+    assert clean["rendering"]["worst_of"] == result["rendering"]["worst_of"]
+    assert [row["of"] for row in clean["rendering"]["effects"]] == [row["of"] for row in result["rendering"]["effects"]]
 
 
 def tokens(sets):

@@ -114,7 +114,10 @@ def flags_and_space(rng, copied):
 def test_section_says_recall_flags_and_agreement():
     rng = np.random.default_rng(5)
     what, detector_flags = flags_and_space(rng, 20), np.arange(40) < 25
-    said = spaces.section(what, np.arange(60), np.arange(10), detector_flags, fdr=0.05, seed=0, note="x")
+    of = what, np.arange(60), np.arange(10), detector_flags
+    said = spaces.section(*of, np.arange(40), fdr=0.05, seed=0, note="x")
+    grouped = spaces.section(*of, np.arange(40) // 4, fdr=0.05, seed=0)
+    assert grouped["flag_rate_ci"][0] < said["flag_rate_ci"][0] and said["flag_rate_ci"][1] < grouped["flag_rate_ci"][1]
     flags = np.arange(40) < 20
     assert said["n_flagged"] == 20 and said["agreement"] == pytest.approx(metrics.jaccard_score(detector_flags, flags))
     assert said["kappa"] == pytest.approx(metrics.cohen_kappa_score(detector_flags, flags))
@@ -128,7 +131,7 @@ def test_nothing_flagged_anywhere_and_no_copies_planted_are_null_not_zero():
     rng = np.random.default_rng(6)
     vectors = {name: rng.standard_normal((n, 8)) for name, n in (("train", 50), ("val", 60), ("synthetic", 40))}
     what = spaces.given(vectors)
-    said = spaces.section(what, np.arange(60), np.arange(0), np.zeros(40, bool), fdr=0.05, seed=0)
+    said = spaces.section(what, np.arange(60), np.arange(0), np.zeros(40, bool), np.arange(40), fdr=0.05, seed=0)
     assert said["agreement"] is None and said["kappa"] is None and said["auc"] is None and said["fpr_05_ci"] is None
     expected = np.corrcoef(vectors["synthetic"], vectors["train"])[:40, 40:].max(1)
     np.testing.assert_allclose(what.hits.sim[:, 0], expected, atol=1e-6)
@@ -175,7 +178,7 @@ def test_spaces_measured_alike_on_eight_devices(tmp_path):
         np.testing.assert_array_equal(identity.nearest_Q, chosen)
         np.testing.assert_allclose(what.hits.sim[:8, 0], 1, atol=1e-4)
         assert len(what.hits.sim) == 48 and len(what.null_M) == 50
-        found[name] = spaces.section(what, np.arange(50), chosen, np.arange(48) < 8, fdr=0.2, seed=0)
+        found[name] = spaces.section(what, np.arange(50), chosen, np.arange(48) < 8, np.arange(48), fdr=0.2, seed=0)
         found[name]["flip"] = (flip.nearest_Q == chosen).mean()
     assert found["pixels"]["flip"] < 0.3 and found["shifted"]["flip"] == 1
     assert found["shifted"]["auc"] > 0.99 > found["pixels"]["auc"] + 0.1
