@@ -39,12 +39,13 @@ def shape(size: tuple[int, ...]) -> tuple[int, ...]:
 def band(size: tuple[int, ...]) -> tuple[float, float]:
     """Frequencies, as shares of the Nyquist frequency of an image of `size`, that `correlation` rests on.
 
-    Those whose power the two bands and the smaller size leave at a tenth of its most, or more.
+    Those whose power the two bands and the smaller size leave at a tenth of its most, or more; along axes that are not thin.
     """
+    smaller = [s / n for s, n in zip(shape(size), size, strict=True) if s > THIN] or [1.0]
     f = np.linspace(0, 1, 1001)
     blurred = lambda sigma: np.exp(-0.5 * (np.pi * f * sigma) ** 2)
     power = ((blurred(FINE) - blurred(COARSE)) * (1 - blurred(MIDDLE))) ** 2
-    kept = f[power >= 0.1 * power.max()] * (np.prod(shape(size)) / np.prod(size)) ** (1 / len(size))
+    kept = f[power >= 0.1 * power.max()] * np.prod(smaller) ** (1 / len(smaller))
     return float(kept[0]), float(kept[-1])
 
 

@@ -74,6 +74,7 @@ def test_what_is_registered_is_small():
 )
 def test_thin_volumes_keep_their_planes(size, small):
     assert registration.shape(size) == small
+    assert registration.band(size) == pytest.approx(np.array(registration.band((24, 24))) * small[1] / size[1])
     x = people(6, 8, size)
     looks = np.asarray(jax.jit(registration.looks)(x))
     shifted = np.asarray(registration.looks(np.roll(x, size[1] // 40, 1 + 1)))
