@@ -119,7 +119,7 @@ def untested(result: dict[str, Any]) -> list[str]:
     if not result["stated"]:
         doubts.append(
             "nobody stated which patients the generator was trained on, and the split by ids need not be its: copies of those "
-            "it has seen and we call unseen look innocent; state them by data.splits, or a manifest's column split"
+            "it has seen and we call unseen look innocent; say who they are in a CSV, patient_id,split, as data.splits"
         )
     if negative["smallest_excess_p_value"] >= DOUBT:
         doubts.append(
