@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +11,10 @@ import numpy as np
 from absl import logging
 
 from data import cohort as brains
-from data import containers, dicom, duplicates, files, geometry, layouts, manifest, prepare, readers
+from data import duplicates, files, layouts, manifest, prepare, prepared
 from data import splits as partition
 
 WHOLE = "none"  # data.centres of a config that asks for them, to do without
-LITTLE = 0.2  # of the range of intensities: synthetic images that use less are in other units, most likely
 
 
 class ImageSet(NamedTuple):
@@ -115,12 +113,12 @@ def load(
         read = lambda: _read_kinds(found, trouble, size=size, **reading)
     _refuse_empty(needed, split_of, mend, trouble)  # before the files are read, which may take hours
     done, window = read()
-    notes = (*(found.notes if path else ()), *_skipped(done))
+    notes = (*(found.notes if path else ()), *prepared.skipped(done))
     for note in notes:
         logging.warning("%s", note)
     if trouble:
         trouble.left_out.extend([*(found.left_out if path else ()), *done.skipped])
-    rows, places = _images_of(np.array(done.counts)[task_of], (np.cumsum(done.counts) - done.counts)[task_of])
+    rows, places = prepared.images_of(np.array(done.counts)[task_of], (np.cumsum(done.counts) - done.counts)[task_of])
     _refuse_empty(needed, split_of[rows], mend, trouble)
     sets = {}
     for split in partition.NAMES:
@@ -131,7 +129,7 @@ def load(
         patients_of = np.array([of[row] for row in rows[chosen]], dtype=str)
         digests = [done.digests[i] for i in places[chosen]]
         of_all = {"spacing": done.spacing, "window": window, "notes": notes, "top": done.top, "affine": done.affine}
-        sets[split] = ImageSet(_stored(done, places[chosen]), ids, patients_of, digests=digests, **of_all)
+        sets[split] = ImageSet(prepared.stored(done, places[chosen]), ids, patients_of, digests=digests, **of_all)
         logging.info("%s: %d images of %d patients", split, len(chosen), len(set(patients_of)))
     if accept_duplicates is not None:
         copies = planted(path, cohort)
@@ -190,59 +188,13 @@ def planted(path: str | os.PathLike | None, cohort: Mapping | None) -> list[str]
     return [] if path else [r.id for r in _records(dict(cohort or {})) if r.duplicate_of]
 
 
-def _images_of(counts: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row, place in the prepared set) of every image, for rows of so many images that start at a place each."""
-    rows = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rows, starts[rows] + within
-
-
-def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> ImageSet:
-    """Reads synthetic images, whoever made them, in the order of their names; the rest as in `load`.
-
-    Args:
-      path: a folder, or an .npy or .npz of many images along its first axis.
-    Returns:
-      With notes on what was left out, resampled or assumed.
-    Raises:
-      FileNotFoundError, ValueError: one line; keys of `data` that `audit.reading` has are named as that's.
-    """
-    path = os.path.expanduser(os.fspath(path))
-    found = manifest.synthetic(path)
-    ours = lambda line: re.sub(r"\bdata\.(intensity|fit|spacing|channel|slices)\b", r"audit.reading.\1", line)
-    try:
-        done, window = _read(found, size=size, lenient=True, **reading)
-    except ValueError as error:
-        raise ValueError(ours(str(error))) from None
-    rows, places = _images_of(np.array(done.counts), np.cumsum(done.counts) - done.counts)
-    ids = np.array([found.rows[row].path + done.parts[place] for row, place in zip(rows, places, strict=True)])
-    images, count = _stored(done, places), f"of {len(ids)} synthetic images"
-    notes = [*found.notes, *map(ours, _skipped(done, "synthetic images"))]
-    if done.resized:
-        notes.append(f"{done.resized} {count} had another shape or spacing and were resampled to {tuple(size)}: {path}")
-    if reading.get("spacing") and done.unspaced:
-        notes.append(f"{done.unspaced} {count} do not say their spacing, which is taken for that of the data: {path}")
-    if (used := _range(images)) < LITTLE:
-        mend = "if they are in other units than the data, set audit.reading.intensity"
-        notes.append(f"the synthetic images use {100 * used:.1f} % of the range of intensities; {mend}: {path}")
-    for note in notes:
-        logging.warning("%s", note)
-    return ImageSet(images, ids, np.full(len(ids), ""), done.spacing, window, tuple(notes), done.digests)
-
-
-def _range(images: Sequence[np.ndarray]) -> float:
-    """How much of [-1, 1] lies between the darkest and the brightest pixel of at most 64 images, evenly spread."""
-    chosen = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, min(len(images), 64)).round().astype(int))]
-    return float(max(image.max() for image in chosen) - min(image.min() for image in chosen)) / 2
-
-
 def _read_kinds(found: manifest.Manifest, trouble: Trouble | None, **reading):
     """`_read`; an error names the kinds of series where several are taken together. Who only looks skips bad files."""
     try:
-        return _read(found, **reading)
+        return prepared.read(found, **reading)
     except ValueError as error:
         if trouble and reading.get("on_error", "raise") == "raise":
-            return _read(found, **{**reading, "on_error": "skip"})
+            return prepared.read(found, **{**reading, "on_error": "skip"})
         if not found.kinds:
             raise
         choice = f"there are several kinds of series, of which data.kind chooses: {layouts.told(found.kinds)}"
@@ -258,67 +210,6 @@ def subset(one: ImageSet, keep: np.ndarray) -> ImageSet:
     return one._replace(images=images, ids=one.ids[keep], patients=one.patients[keep], digests=digests)
 
 
-def _read(
-    found: manifest.Manifest,
-    *,
-    size: Sequence[int],
-    channels: int = 1,
-    channel: int | None = None,
-    intensity="type",
-    fit: str = "pad",
-    spacing: Sequence[float] | None = None,
-    slices: str | None = None,
-    lenient: bool = False,
-    **preparing,
-) -> tuple[prepare.Prepared, tuple[float, float] | None]:
-    """The rows' images, prepared, and the window of intensities that is the same for all."""
-    if len(size) not in (2, 3) or min(size) < 1 or channels < 1:
-        raise ValueError(
-            f"data.size must be (H, W) or (D, H, W), and data.channels 1 or more, not {size} and {channels}"
-        )
-    if fit not in geometry.FITS:
-        raise ValueError(f"data.fit must be one of {', '.join(geometry.FITS)}, not {fit!r}")
-    if spacing and (len(spacing) != len(size) or not all(0 < mm < float("inf") for mm in spacing) or fit == "stretch"):
-        raise ValueError(f"data.spacing must be mm for each axis of data.size, without fit 'stretch', not {spacing}")
-    centres = any(row.centres for row in found.rows)
-    if slices and (files.parse_slices(slices) and (len(size) == 3 or centres)):
-        raise ValueError("data.slices makes 2D images of volumes: data.size must be (H, W), and data.centres None")
-    if centres and len(size) == 2:
-        raise ValueError("data.centres makes sub-volumes: data.size must be (D, H, W)")
-    intensity = files.parse_intensity(intensity)
-    settings = {"size": tuple(size), "channels": channels, "intensity": intensity, "fit": fit}
-    more = {"channel": channel, "spacing": spacing and tuple(spacing), "slices": slices, "lenient": lenient or None}
-    settings |= {name: value for name, value in more.items() if value is not None}
-    root = found.root
-    stamp = functools.lru_cache(maxsize=1)(_stamp)
-
-    def inputs():
-        yield from (os.path.realpath(root), settings, [readers.version(name) for name in readers.DECODERS])
-        for row in found.rows:
-            parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
-            yield [parts, row.item, row.centres]
-
-    done = prepare.prepare(
-        re.sub(r"[^A-Za-z0-9-]", "_", os.path.basename(os.path.realpath(root)))[:40],
-        found.rows,
-        functools.partial(files.read_images, root=root, **settings),
-        shape=(*size, channels),
-        inputs=inputs(),
-        code=[files, readers, dicom, geometry, containers],
-        eight_bit=intensity == ("type",),
-        several=64 if slices else 8 if centres else 1,
-        **preparing,
-    )
-    return done, intensity[1:] if intensity[0] == "window" else None
-
-
-def _skipped(done: prepare.Prepared, what: str = "images") -> list[str]:
-    if not done.skipped:
-        return []
-    count = f"{len(done.skipped)} of {len(done.counts)} {what} could not be read and are left out"
-    return [f"{count}; the first: {done.skipped[0]}"]
-
-
 def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
     """The rows that have centres; those that have none are counted."""
     centres = manifest.centres(path)
@@ -330,15 +221,6 @@ def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
         )
     note = [f"{len(found.rows) - len(rows)} volumes have no centre and are left out: {path}"]
     return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows)))
-
-
-def _stamp(path: str) -> list | None:
-    """Changes where a file does, or one of those that hold its numbers."""
-    try:
-        found = [os.stat(name) for name in (path, *readers.detached(path))]
-    except OSError:
-        return None  # reading it will say why
-    return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
 
 
 def _cohort(cohort: dict, *, size, channels=1, **preparing):
@@ -371,12 +253,6 @@ def _records(cohort: dict) -> list[brains.Record]:
 def _draw(task: tuple[str, int, int], **drawing) -> list[files.Image]:
     _, number, scan = task
     return [files.Image(brains.subject(number, scan=scan, **drawing), eight_bit=False, resized=False)]
-
-
-def _stored(done: prepare.Prepared, places: np.ndarray) -> Sequence[np.ndarray]:
-    from data import builder
-
-    return builder.Stored(done.folder, places)
 
 
 def _refuse_empty(needed: Sequence[str], present: Sequence[str], mend: str, trouble: Trouble | None) -> None:
