@@ -68,7 +68,10 @@ def get_config(variant: str = "") -> ConfigDict:
     data.workers = config_dict.placeholder(int)  # processes that read files; None: one for each core
     # Apache Beam reads them instead, with these options: '--runner=DirectRunner --direct_num_workers=4'
     data.beam = config_dict.placeholder(str)
-    data.splits = config_dict.placeholder(str)  # 'hash': by `fractions` alone; None: splits that the data brings win
+    # 'hash': by `fractions` alone; None: splits that the data brings win; or a CSV with patient_id,split that names every
+    # patient (train, select, val, control or test, none), as `python -m data` writes it and wins over all else: whom another
+    # generator has seen is 'train', and all of them stay in it, where 'select' and 'control' not named come of 'val'
+    data.splits = config_dict.placeholder(str)
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})

@@ -149,6 +149,26 @@ def centres(path: str) -> dict[str, list[tuple[str, float, float, float, str]]]:
     return dict(found)
 
 
+def splits(path: str) -> dict[str, str]:
+    """Patient -> split, of a CSV with the columns patient_id and split; other columns are not read.
+
+    A split is one of `splits.NAMES`, 'test' or 'none'; a patient may have several lines that say the same.
+
+    Raises:
+      ValueError: one line that names the file, its line and the mend.
+    """
+    found = {}
+    for line, record in records(path, Ask(), "patient_id", "split"):
+        patient, split = record["patient_id"].strip(), record["split"].strip()
+        if not patient or not split:
+            raise ValueError(f"{path}: line {line} lacks its patient_id or split, which may be 'none'; fill it")
+        if found.setdefault(patient, split) != split:
+            raise ValueError(
+                f"{path}: line {line} puts {patient} in {split} and an earlier one in {found[patient]}; correct it"
+            )
+    return found
+
+
 def _detect(path: str) -> str:
     """The layout, by what only one of them has; 'folder' or 'dicom' by the first image."""
     if path.startswith("tfds:"):

@@ -29,6 +29,7 @@ class ImageSet(NamedTuple):
     digests: Sequence[str] = ()  # (n,) of each image's pixels as prepared
     top: float | None = None  # under intensity 'type': what 1 is in the files, where that is the same for all
     affine: list | None = None  # (4, 4): index (d, h, w) -> mm to the left, posterior, superior; where all share it
+    stated: bool = False  # the data, or a file of splits, says who is in 'train', and it is just those; not a hash
 
 
 class Trouble(NamedTuple):
@@ -36,6 +37,14 @@ class Trouble(NamedTuple):
 
     problems: list[str]  # what training would refuse, of the whole
     left_out: list[str]  # files and lines that cannot be used
+
+
+class Partition(NamedTuple):
+    """Who is in which split, and who says so."""
+
+    split_of: np.ndarray  # (n,) str, of each row: one of splits.NAMES, or ''
+    said: dict[str, str]  # patient -> split, or '' for none, of those of whom the data or a file says it
+    stated: bool  # that is everyone, and those said to be in 'train' are, and no one else
 
 
 def load(
@@ -66,7 +75,7 @@ def load(
       layout, kind, patients, patient_pattern: see `manifest.read`.
       centres: CSV of the centres of sub-volumes, which are the images then; see `manifest.centres`.
       fractions, seed, fold: see `splits.assign`. The cohort has splits of its own.
-      splits: 'hash' leaves out of account the splits that the data brings.
+      splits: 'hash' leaves out of account the splits that the data brings; see `partition_of`.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
       accept_duplicates: images of different patients that are the same image are an error that lists them, but for those
         named here (see `duplicates.find`) and the cohort's own, which are in the sets' `notes`; None: not looked for.
@@ -82,44 +91,40 @@ def load(
       FileNotFoundError, ValueError: one line that names the file or key and the mend; also where a split is empty that
         should not be.
     """
-    if splits not in (None, "hash"):
-        raise ValueError(f"data.splits must be None or 'hash', not {splits!r}")
+    found = listed(
+        path,
+        layout=layout,
+        kind=kind,
+        patients=patients,
+        patient_pattern=patient_pattern,
+        centres=centres,
+        cohort=cohort,
+        size=size,
+        trouble=trouble,
+        **reading,
+    )
+    names, of = ([getattr(row, field) for row in found.rows] for field in ("path", "patient"))
+    part = partition_of(found, path=path, splits=splits, fractions=fractions, seed=seed, fold=fold, trouble=trouble)
+    split_of, task_of = part.split_of, np.arange(len(names))
     if path is None:
-        if layout not in ("auto", "cohort"):
-            raise ValueError(f"data.layout is {layout!r}, but there is no data.path to find it at; set data.path")
-        names, of, split_of, task_of, read = _cohort(dict(cohort or {}), size=size, **reading)
+        task_of, read = _cohort(dict(cohort or {}), size=size, **reading)
         needed, mend = partition.NAMES, "correct data.cohort.subjects"
     else:
-        found = listed(
-            path,
-            layout=layout,
-            kind=kind,
-            patients=patients,
-            patient_pattern=patient_pattern,
-            centres=centres,
-            size=size,
-            trouble=trouble,
-            **reading,
-        )
-        if centres and centres != WHOLE:
-            found = _with_centres(found, os.path.expanduser(os.fspath(centres)))
-        names, of, said = ([getattr(row, field) for row in found.rows] for field in ("path", "patient", "split"))
-        said = said if splits is None else ()
-        assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed, fold=fold)
-        split_of = _or(trouble, lambda: assign(said), assign)
-        task_of = np.arange(len(names))
-        needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
-        mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or the manifest's splits"
         read = lambda: _read_kinds(found, trouble, size=size, **reading)
+        needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
+        whose = "the manifest's splits" if splits in (None, "hash") else splits
+        mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or {whose}"
     _refuse_empty(needed, split_of, mend, trouble)  # before the files are read, which may take hours
     done, window = read()
-    notes = (*(found.notes if path else ()), *prepared.skipped(done))
+    notes = (*found.notes, *prepared.skipped(done))
     for note in notes:
         logging.warning("%s", note)
     if trouble:
-        trouble.left_out.extend([*(found.left_out if path else ()), *done.skipped])
+        trouble.left_out.extend([*found.left_out, *done.skipped])
     rows, places = prepared.images_of(np.array(done.counts)[task_of], (np.cumsum(done.counts) - done.counts)[task_of])
     _refuse_empty(needed, split_of[rows], mend, trouble)
+    of_all = {"spacing": done.spacing, "window": window, "notes": notes, "top": done.top, "affine": done.affine}
+    of_all["stated"] = part.stated and (limit or {}).get("train") is None
     sets = {}
     for split in partition.NAMES:
         chosen = np.flatnonzero(split_of[rows] == split)
@@ -128,7 +133,6 @@ def load(
         ids = np.array([names[rows[i]] + done.parts[places[i]] for i in chosen], dtype=str)
         patients_of = np.array([of[row] for row in rows[chosen]], dtype=str)
         digests = [done.digests[i] for i in places[chosen]]
-        of_all = {"spacing": done.spacing, "window": window, "notes": notes, "top": done.top, "affine": done.affine}
         sets[split] = ImageSet(prepared.stored(done, places[chosen]), ids, patients_of, digests=digests, **of_all)
         logging.info("%s: %d images of %d patients", split, len(chosen), len(set(patients_of)))
     if accept_duplicates is not None:
@@ -140,7 +144,7 @@ def load(
 
 
 def listed(
-    path: str | os.PathLike,
+    path: str | os.PathLike | None,
     *,
     size: Sequence[int],
     centres: str | os.PathLike | None = None,
@@ -151,16 +155,21 @@ def listed(
     kind: str | None = None,
     patients: str = "required",
     patient_pattern: str | None = None,
+    cohort: Mapping | None = None,
     trouble: Trouble | None = None,
     **_,
 ) -> manifest.Manifest:
-    """What `load` would read, of its arguments: one row for each file or series. No pixel is read."""
+    """What `load` would read, of its arguments: one row for each file, series or drawing. No pixel is read."""
+    if path is None:
+        if layout not in ("auto", "cohort"):
+            raise ValueError(f"data.layout is {layout!r}, but there is no data.path to find it at; set data.path")
+        return manifest.Manifest("", [manifest.Row(*row[:2], split=row.split) for row in _records(dict(cohort or {}))])
     if centres == "":
         raise ValueError(
             "data.centres is not said: this config cuts sub-volumes; name the CSV of their centres (path,z,y,x), or set "
             f"data.centres={WHOLE} to take the middle of whole volumes"
         )
-    return manifest.read(
+    found = manifest.read(
         path,
         layout=layout,
         patient_pattern=patient_pattern,
@@ -171,6 +180,60 @@ def listed(
         cache=prepare.folder(cache),
         problems=trouble and trouble.problems,
     )
+    return _with_centres(found, os.path.expanduser(os.fspath(centres))) if centres not in (None, WHOLE) else found
+
+
+def partition_of(
+    found: manifest.Manifest,
+    *,
+    path: str | os.PathLike | None,
+    splits: str | None = None,
+    fractions: Mapping[str, float] | None = None,
+    seed: int = 0,
+    fold: int | None = None,
+    trouble: Trouble | None = None,
+    **_,
+) -> Partition:
+    """The split of each row of what `listed` found.
+
+    Args:
+      path: the cohort, None, has splits of its own.
+      splits: None: what the data says of its patients, and a hash for the others; 'hash': a hash for all; or a CSV with
+        the columns patient_id and split (see `manifest.splits`), which is to name every patient of the data. Whom it puts
+        in 'train', as those that a generator has seen, is there; it may name others, who are not in the data.
+      fractions, seed, fold: see `splits.assign`.
+    Raises:
+      ValueError: one line that names the file or key and the mend.
+    """
+    of, given = ([getattr(row, field) for row in found.rows] for field in ("patient", "split"))
+    by_file = splits not in (None, "hash")
+    if path is None and not by_file:
+        return Partition(np.array(given), dict(zip(of, given, strict=True)), False)
+    if by_file and fold is not None:
+        raise ValueError(f"data.fold={fold} cuts 'train' and 'val' anew, which {splits} says: set data.fold=None")
+    assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed, fold=fold, whole_train=by_file)
+
+    def stated() -> Partition:
+        what = _looked_up(of, os.path.expanduser(splits)) if by_file else given if splits is None else ()
+        split_of, said = assign(what), partition.said_of(of, what)
+        pairs = zip(of, split_of, strict=True)
+        as_said = all(who in said and (said[who] == "train") == (split == "train") for who, split in pairs)
+        return Partition(split_of, said, as_said)
+
+    return _or(trouble, stated, lambda: Partition(assign(), {}, False))
+
+
+def _looked_up(patients: Sequence[str], path: str) -> list[str]:
+    """The split of each patient that a CSV says."""
+    if not os.path.isfile(path):
+        raise ValueError(f"data.splits must be None or 'hash', or a CSV with patient_id,split: there is no {path}")
+    said = manifest.splits(path)
+    if unnamed := [patient for patient in dict.fromkeys(patients) if patient not in said]:
+        mend = "add them, in the split none if they are to be left out, or correct data.splits"
+        raise ValueError(
+            f"{path}: {len(unnamed)} of {len(set(patients))} patients are not in it ({unnamed[0]}); {mend}"
+        )
+    return [said[patient] for patient in patients]
 
 
 def content(sets: Mapping[str, ImageSet], *names: str) -> str:
@@ -224,7 +287,7 @@ def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
 
 
 def _cohort(cohort: dict, *, size, channels=1, **preparing):
-    """Ids, patients, splits and drawings of the embedded cohort's images, and what prepares the drawings.
+    """The drawing of each of the embedded cohort's images, and what prepares the drawings.
 
     Each (number, scan) is drawn once: planted copies cost nothing more. What is about files only is ignored.
     """
@@ -241,8 +304,7 @@ def _cohort(cohort: dict, *, size, channels=1, **preparing):
     draw = functools.partial(_draw, **drawing)
     named = [(name, *who) for who, name in tasks.items()]
     read = lambda: (prepare.prepare("cohort", named, draw, **settings), None)
-    ids, patients, splits = (list(values) for values in list(zip(*records, strict=True))[:3])
-    return ids, patients, np.array(splits), [place[r.number, r.scan] for r in records], read
+    return [place[r.number, r.scan] for r in records], read
 
 
 def _records(cohort: dict) -> list[brains.Record]:

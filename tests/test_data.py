@@ -68,6 +68,7 @@ def test_what_the_manifest_says_wins_and_select_and_control_are_carved_from_it()
     [
         (dict(given=["train", "val", ""]), "patient a is in the splits train and val"),
         (dict(given=["train", "", "tain"]), "patient b: no split 'tain'"),
+        (dict(given=["train", "none", ""]), "patient a is in the splits none and train"),
         (dict(fractions={"train": 0.9, "val": 0.2}), "at most 1"),
         (dict(fractions={"train": -0.1, "val": 0.2}), "at most 1"),
         (dict(fractions={"training": 0.1}), "shares of train, select, val, control"),
@@ -76,6 +77,20 @@ def test_what_the_manifest_says_wins_and_select_and_control_are_carved_from_it()
 def test_bad_splits_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         splits.assign(["a", "a", "b"], **arguments)
+
+
+@pytest.mark.parametrize("unseen", ["val", "test"])
+def test_whoever_a_generator_has_seen_stays_in_train(unseen):
+    """What is not given is carved out of the unseen, in the proportions of the fractions; 'none' is in no split."""
+    patients = [f"p{i}" for i in range(9000)]
+    given_ = ["train"] * 3000 + [unseen] * 5000 + ["none"] * 1000
+    found = splits.assign(patients, given_, whole_train=True)
+    assert set(found[:3000]) == {"train"} and set(found[8000:]) == {""}
+    for name, share in splits.FRACTIONS.items():
+        if name != "train":
+            assert abs(np.mean(found[3000:8000] == name) - share / 0.4) < 0.03
+    named = splits.assign(patients, ["select" if i % 2 else split for i, split in enumerate(given_)], whole_train=True)
+    assert set(named[0:3000:2]) == {"train"} and set(named[3000:8000:2]) == {"val", "control"}
 
 
 @given(PATIENTS, st.integers(0, 70))

@@ -248,6 +248,81 @@ def test_splits_of_the_manifest(tmp_path, folder, load):
         load(path=tmp_path / "m.csv", fractions={"train": 1.0})
 
 
+def said(tmp_path, split_of, name="s.csv"):
+    (tmp_path / name).write_text("\n".join(["patient_id,split", *(f"{p},{split}" for p, split in split_of.items())]))
+    return str(tmp_path / name)
+
+
+def test_a_file_of_splits_wins_in_every_layout(tmp_path, folder, load):
+    of = {f"p{i:02}": ("train", "train", "val", "none")[i % 4] for i in range(30)}
+    given = said(tmp_path, of | {"someone else": "train"})
+    rows = [f"images/p{i // 2:02}_{i % 2}.png,p{i // 2:02},control" for i in range(60)]
+    (tmp_path / "m.csv").write_text("\n".join(["path,patient_id,split", *rows]))
+    for path in (folder, tmp_path / "m.csv"):
+        sets = load(path=path, splits=given)
+        assert set(sets["train"].patients) == {p for p, split in of.items() if split == "train"}
+        unseen = {p for name in ("select", "val", "control") for p in sets[name].patients}
+        assert unseen == {p for p, split in of.items() if split == "val"}
+        assert all(s.stated for s in sets.values())
+    subjects = {"train": 4, "select": 1, "val": 2, "control": 1}
+    ids = [r.patient for r in cohort.records(subjects=subjects)]
+    turned = dict(zip(reversed(ids), ["val", "select", "control", *["train"] * 5], strict=True))
+    sets = data.load(
+        size=(8, 8), cohort={"subjects": subjects}, splits=said(tmp_path, turned, "c.csv"), cache=tmp_path / "c"
+    )
+    assert {p: name for name, s in sets.items() for p in s.patients} == turned
+
+
+def test_who_says_the_splits(tmp_path, folder, load):
+    """`stated` only where 'train' is just those of whom it is said, so that no one seen is looked for among the unseen."""
+    four = ("train", "select", "val", "control")
+
+    def stated(split_of, **how):
+        rows = [f"images/p{i // 2:02}_{i % 2}.png,p{i // 2:02},{split_of(i // 2)}" for i in range(60)]
+        (tmp_path / "m.csv").write_text("\n".join(["path,patient_id,split", *rows]))
+        (found,) = {s.stated for s in load(path=tmp_path / "m.csv", **how).values()}
+        return found
+
+    assert not load()["train"].stated
+    assert stated(lambda i: four[i % 4])
+    assert not stated(lambda i: four[i % 4] if i else "")  # the hash has one of them
+    assert not stated(lambda i: ("train", "val", "control")[i % 3])  # 'select' is carved out of 'train'
+    assert not stated(lambda i: four[i % 4], splits="hash")
+    assert not stated(lambda i: four[i % 4], fold=0) and not stated(lambda i: four[i % 4], limit={"train": 3})
+
+
+@pytest.mark.parametrize(
+    "content, how, message",
+    [
+        (
+            "patient_id,split\np00,train\n",
+            {},
+            r"29 of 30 patients are not in it \(p01\); add them, in the split none if",
+        ),
+        (
+            "patient_id,split\np00,train\np00,val\n",
+            {},
+            "line 3 puts p00 in val and an earlier one in train; correct it",
+        ),
+        ("patient_id,split\np00,\n", {}, "line 2 lacks its patient_id or split, which may be 'none'; fill it"),
+        ("patient,split\np00,train\n", {}, "no column 'patient_id'"),
+        (
+            "patient_id,split\np00,train\n",
+            {"fold": 1},
+            r"data\.fold=1 cuts .* anew, which .* says: set data\.fold=None",
+        ),
+        (None, {}, r"data\.splits must be None or 'hash', or a CSV with patient_id,split: there is no "),
+    ],
+)
+def test_a_file_of_splits_that_cannot_be_is_one_line(tmp_path, load, content, how, message):
+    path = tmp_path / "s.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(splits=str(path), **how)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
 def test_synthetic_folder(folder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
     made = data.read_folder(folder, (8, 8), cache=tmp_path / "cache")
