@@ -334,7 +334,7 @@ def reading_of(config: ConfigDict, workdir: Path, foreign: dict | None) -> dict:
     same = {name: config.data[name] for name in ("size", "channels", "fit", "on_error", "cache", "workers")}
     if foreign is None:
         return same | {"intensity": form_of(config, workdir).reading}
-    return same | {name: config.data[name] if value is None else value for name, value in foreign.items()}
+    return same | {name: config.data.get(name) if value is None else value for name, value in foreign.items()}
 
 
 def caveats_of(config: ConfigDict, sets: dict, synthetic: data.ImageSet) -> list[str]:

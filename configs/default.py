@@ -229,6 +229,9 @@ def get_config(variant: str = "") -> ConfigDict:
                 "spacing": config_dict.placeholder(tuple),
                 "channel": config_dict.placeholder(int),
                 "slices": config_dict.placeholder(str),
+                # which images are one draw, where files are parts of one, as the sections of a volume: a regular expression
+                # searched in a file's path, whose first group names the draw; None: every file is one
+                "draw": config_dict.placeholder(str),
             },
             "fdr": 0.05,  # false-discovery rate of the calibrated test
             "percentile": 95.0,  # of the paper's rule

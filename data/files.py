@@ -26,6 +26,7 @@ class Image(NamedTuple):
     part: str = ""  # of a file with several: what to add to the id, '#z012'
     top: float | None = None  # by their type the file's numbers run from 0 to that
     affine: np.ndarray | None = None  # of a whole volume that says it: (4, 4), as of `Pixels`, for indices of `array`
+    cut: bool = False  # the file shows more than this: other channels, or what lies beyond the frame
 
 
 def read_image(path: str, *, size: Sequence[int], **settings) -> Image:
@@ -73,7 +74,9 @@ def read_images(
         if lenient and sum(n > 1 for n in pixels.array.shape[:-1]) <= 2:
             slices = None
         rank = 3 if slices or row.centres else len(size)
-        pixels = _one_image(_take_channel(pixels, channel), rank, channels)
+        taken = _take_channel(pixels, channel)
+        one_of_several = taken.array.shape[-1] < pixels.array.shape[-1]
+        pixels = _one_image(taken, rank, channels)
         spacing = None if lenient and pixels.spacing is None else spacing
         array, eight_bit = _scale(pixels, intensity), pixels.array.dtype == np.uint8
         if np.ptp(array) == 0:
@@ -87,7 +90,8 @@ def read_images(
                     picture = picture[::-1]
                 if np.ptp(picture):
                     image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
-                    yield image._replace(top=pixels.top, part=f"#{'zyx'[axis]}{index:03d}")
+                    cut = image.cut or one_of_several
+                    yield image._replace(top=pixels.top, part=f"#{'zyx'[axis]}{index:03d}", cut=cut)
         elif row.centres:
             for label, *centre in row.centres:
                 image = _around(array, pixels, centre, tuple(size), spacing)
@@ -96,7 +100,7 @@ def read_images(
                 yield image._replace(eight_bit=eight_bit, top=pixels.top, part=f"#{label}")
         else:
             image = _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit, pixels.affine)
-            yield image._replace(top=pixels.top)
+            yield image._replace(top=pixels.top, cut=image.cut or one_of_several)
 
 
 def raw(row: Row, root: str = "") -> Pixels:
@@ -270,7 +274,8 @@ def _fit(array, size, fit, own, wanted, eight_bit, affine=None) -> Image:
     if shape == size == tuple(spans):
         return Image(array, eight_bit, False, spacing, affine=affine)
     fitted = np.clip(geometry.resample(array, size, spans), -1, 1)  # the filter's rounding may step out
-    return Image(fitted, eight_bit, True, spacing, affine=affine)
+    cut = any(span < n - 0.5 for span, n in zip(spans, shape, strict=True))
+    return Image(fitted, eight_bit, True, spacing, affine=affine, cut=cut)
 
 
 def _around(array, pixels: Pixels, centre, size, wanted) -> Image:

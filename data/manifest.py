@@ -216,16 +216,29 @@ def _begins_with_dicom(path: str) -> bool:
     return False
 
 
-def _match(rows: list[Row], pattern: str, replace: bool) -> list[Row]:
+def searching(pattern: str, key: str) -> Callable[[str], str]:
+    """A function to what a regular expression finds in a text: its first group, or the whole match where it has none; or ''.
+
+    Raises:
+      ValueError: it is none; one line that names the key.
+    """
     try:
         search = re.compile(pattern).search
     except re.error as error:
-        raise ValueError(f"data.patient_pattern {pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(f"{key} {pattern!r} is not a regular expression: {error}") from None
 
+    def found(text: str) -> str:
+        match = search(text)
+        return match[min(1, match.re.groups)] or "" if match else ""
+
+    return found
+
+
+def _match(rows: list[Row], pattern: str, replace: bool) -> list[Row]:
+    search = searching(pattern, "data.patient_pattern")
     for place, row in enumerate(rows):  # where they are: a second list would be as much memory again
         if replace or not row.patient:
-            match = search(row.path)
-            rows[place] = row._replace(patient=sys.intern(match[min(1, match.re.groups)] or "") if match else "")
+            rows[place] = row._replace(patient=sys.intern(search(row.path)))
     return rows
 
 

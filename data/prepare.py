@@ -35,7 +35,7 @@ from data.shards import Report, Shard
 HELPED_TASKS, HELPED_SECONDS, SHARED_SECONDS = 512, 1.5, 5.0
 SHARD_BYTES = 1 << 25
 SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share
-FORM = 2  # of what a prepared set says of itself; another one is made afresh
+FORM = 3  # of what a prepared set says of itself; another one is made afresh
 FORGOTTEN_DAYS = 14  # after which a preparation that nobody resumed is deleted
 
 
@@ -46,6 +46,7 @@ class Prepared(NamedTuple):
     counts: list[int]  # images of each task
     skipped: list[str]  # one line for each task whose image could not be made
     resized: int  # how many had another shape than asked for
+    cut: int  # of how many the files show more, see `files.Image`
     spacing: tuple[float, ...] | None  # mm between voxels, median over the images that say it
     unspaced: int  # how many do not
     top: float | None  # by their type the files' numbers run from 0 to that; None: not the same for all, or not known
@@ -188,7 +189,7 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
         count = len(report.counts)
         none = "" if report.parts else f"none of {count} images could be read; the first: "
         raise ValueError(none + report.skipped[0])
-    content = {name: getattr(report, name) for name in ("parts", "digests", "counts", "skipped", "resized")}
+    content = {name: getattr(report, name) for name in ("parts", "digests", "counts", "skipped", "resized", "cut")}
     content |= {"spacing": None, "unspaced": len(report.parts) - sum(report.spacings.values())}
     only = lambda values: values[0] if len(values) == 1 else None
     content |= {"top": only(report.tops), "affine": only(report.affines)}

@@ -20,7 +20,7 @@ WHOLE = "none"  # data.centres of a config that asks for them, to do without
 class ImageSet(NamedTuple):
     images: Sequence[np.ndarray]  # images[i] is float32 (*size, C) in [-1, 1], read when asked for
     ids: np.ndarray  # (n,) str, unique: relative path, 'scan.nii.gz#z012', or 'sub-0012_scan-1'
-    patients: np.ndarray  # (n,) str; '' for synthetic images
+    patients: np.ndarray  # (n,) str; of synthetic images the draw that each is part of
     # mm between voxels along each axis of size, median over the whole data set
     spacing: tuple[float, ...] | None = None
     window: tuple[float, float] | None = None  # what -1 and 1 are in the files' units, where that is the same for all
@@ -30,6 +30,9 @@ class ImageSet(NamedTuple):
     top: float | None = None  # under intensity 'type': what 1 is in the files, where that is the same for all
     affine: list | None = None  # (4, 4): index (d, h, w) -> mm to the left, posterior, superior; where all share it
     stated: bool = False  # the data, or a file of splits, says who is in 'train', and it is just those; not a hash
+    files: np.ndarray | tuple = ()  # (n,) str, of synthetic images: the file in the folder that each was read from
+    # of synthetic images: why their files hold more than was read of them, so that a release may not copy whole files, or ''
+    unread: str = ""
 
 
 class Trouble(NamedTuple):
@@ -270,7 +273,8 @@ def subset(one: ImageSet, keep: np.ndarray) -> ImageSet:
 
     images = builder.Stored(one.images.folder, one.images.indices[keep])
     digests = [digest for digest, kept in zip(one.digests, keep, strict=True) if kept]
-    return one._replace(images=images, ids=one.ids[keep], patients=one.patients[keep], digests=digests)
+    names = {"ids": one.ids[keep], "patients": one.patients[keep], "files": one.files[keep] if len(one.files) else ()}
+    return one._replace(images=images, digests=digests, **names)
 
 
 def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:

@@ -20,6 +20,7 @@ class Report:
     counts: list[int] = dataclasses.field(default_factory=list)  # images of each task
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each task that failed
     resized: int = 0  # images that had another shape
+    cut: int = 0  # images whose files show more than they do
     tops: list[float | None] = dataclasses.field(default_factory=list)  # of their types: those that occur, two at most
     affines: list[list | None] = dataclasses.field(default_factory=list)  # likewise
     spacings: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # mm -> images
@@ -30,6 +31,7 @@ class Report:
         self.counts += other.counts
         self.skipped += other.skipped
         self.resized += other.resized
+        self.cut += other.cut
         self.spacings.update(other.spacings)
         for top in other.tops:
             occurs(self.tops, top)
@@ -100,6 +102,7 @@ class Shard:
                     # of 16 bits even where 8 are stored, so that it does not depend on the other images
                     report.digests.append(hashlib.blake2b(sixteen.tobytes(), digest_size=8).hexdigest())
                     report.resized += image.resized
+                    report.cut += image.cut
                     occurs(report.tops, image.top)
                     occurs(report.affines, image.affine if image.affine is None else image.affine.round(4).tolist())
                     if image.spacing:

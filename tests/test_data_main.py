@@ -62,7 +62,7 @@ def test_what_synthetic_images_are_read_by(tmp_path):
     foreign = config.audit.reading.to_dict()
     got = main.reading_of(config, tmp_path, foreign)
     assert {k: got[k] for k in foreign} == {
-        "intensity": "window:0:9", "fit": "pad", "spacing": (0.4, 0.4), "channel": 1, "slices": "z",
+        "intensity": "window:0:9", "fit": "pad", "spacing": (0.4, 0.4), "channel": 1, "slices": "z", "draw": None,
     }  # fmt: skip
     got = main.reading_of(config, tmp_path, foreign | {"intensity": "minmax", "channel": 0})
     assert (got["intensity"], got["channel"], got["channels"]) == ("minmax", 0, 2)
