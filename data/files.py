@@ -5,8 +5,10 @@ anterior to posterior, W from the patient's right to left. Nothing of an image's
 """
 
 import contextlib
+import errno
 import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,6 +18,23 @@ import numpy as np
 from data import containers, dicom, geometry, readers
 from data.listing import Row
 from data.readers import Pixels, Refused, suffix
+
+# what happens to a machine or its network, whatever the file; not what a damaged or locked file gives
+MACHINE = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.EINTR,
+}
+MACHINE |= {errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+
+
+class NotNow(ValueError):
+    """A file that may well be read another time: never left out as one that cannot be read, since that is remembered."""
 
 
 class Image(NamedTuple):
@@ -67,7 +86,7 @@ def read_images(
     Yields:
       One image, or one for each slice or centre.
     Raises:
-      ValueError: one line naming the file and the mend.
+      ValueError: one line naming the file and the mend; NotNow where the machine failed, not the file.
     """
     with _one_line(row, root):
         pixels = _read(row, root)
@@ -117,6 +136,11 @@ def _one_line(row: Row, root: str) -> Iterator[None]:
     except Refused as error:
         raise ValueError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise anything at damaged files, and what they say may quote content
+        if isinstance(error, MemoryError):
+            raise NotNow(f"{name}: memory ran out as it was read; lower data.workers, or remove it") from None
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            why = os.strerror(error.errno)
+            raise NotNow(f"{name}: cannot be read now ({why}); run the command again, or remove it") from None
         kind = suffix((row.parts or (row.path,))[0]) or "an image"
         why = f"cannot be read as {kind} ({type(error).__name__}): damaged, locked or of another kind"
         raise ValueError(f"{name}: {why}; restore or remove it, or set data.on_error='skip'") from None
@@ -170,9 +194,15 @@ def parse_slices(text: str, shape: Sequence[int] = (100, 100, 100)) -> tuple[int
 
 
 def _check(path: str) -> None:
-    if not os.path.isfile(path):
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        if error.errno in MACHINE:
+            raise
+        found = None
+    if not found or not stat.S_ISREG(found.st_mode):
         raise Refused("there is no such file; correct the manifest or restore the file")
-    if os.path.getsize(path) == 0:
+    if found.st_size == 0:
         raise Refused("the file is empty; restore or remove it")
 
 

@@ -266,24 +266,38 @@ def told(kinds: Mapping[str, int]) -> str:
 
 
 def headers(root: str, names: Sequence[str], ask: Ask) -> list[list | None]:
-    """What each file's header says, read once and kept in the cache; None where it was refused.
+    """What each file's header says, read once and kept in the cache; None where it was refused, which is not kept.
 
     Of DICOM the fields of `dicom.Header`; of HDF5 [patient_id, acquisition, whether it holds an image].
     """
     full = [os.path.join(root, name) for name in names]
-    state = [2, names, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.lstat, full)]]
+    state = [3, names, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(_status, full)]]
+    refused = []
 
-    def make():
+    def make(known):
+        found = known or [None] * len(full)
+        unknown = [place for place, said in enumerate(found) if said is None]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             quiet = bool(os.environ.get("FACSIMILE_QUIET"))
-            found = pool.map(_header, full)
-            return list(tqdm(found, "reading headers", len(full), unit="file", delay=2, disable=quiet))
+            read = pool.map(_header, [full[place] for place in unknown])
+            read = tqdm(read, "reading headers", len(unknown), unit="file", delay=2, disable=quiet)
+            for place, said in zip(unknown, read, strict=True):
+                refused.extend([said] if isinstance(said, str) else [])
+                found[place] = None if isinstance(said, str) else said
+        return found
 
     found = remember(ask, root, state, make)
-    for said in found:
-        if isinstance(said, str):
-            ask.refuse(said)
-    return [None if isinstance(said, str) else said for said in found]
+    for problem in refused:
+        ask.refuse(problem)
+    return found
+
+
+def _status(path: str) -> os.stat_result:
+    """Of the file that a link leads to, or of one that leads nowhere."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return os.lstat(path)
 
 
 def _header(path: str) -> list | str:

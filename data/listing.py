@@ -167,20 +167,24 @@ def private(folder: str) -> None:
         os.chmod(folder, 0o700)
 
 
-def remember(ask: Ask, root: str, state: Any, make: Callable[[], Any]) -> Any:
-    """make(), as JSON, from the cache if `root` is in the same `state` (JSON) as when it was put there."""
+def remember(ask: Ask, root: str, state: Any, make: Callable[[Any], Any]) -> Any:
+    """make(known), JSON, kept in the cache: `known` is what it was when `root` was in the same `state` (JSON), or None."""
     if ask.cache is None:
-        return make()
+        return make(None)
     name = lambda *content: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     stem = f"headers-{name(os.path.realpath(root))}"
     path = pathlib.Path(ask.cache, f"{stem}-{name(state)}.json")
+    known, kept = None, ""
     with contextlib.suppress(OSError, ValueError):  # not there, or not whole
-        return json.loads(path.read_text(encoding="utf-8"))
-    result = make()
+        kept = path.read_text(encoding="utf-8")
+        known = json.loads(kept)
+    result = make(known)
+    if (text := json.dumps(result)) == kept:
+        return result
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time and no more
         private(ask.cache)
         aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
-        aside.write_text(json.dumps(result), encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
         for old in path.parent.glob(f"{stem}-*.json"):
             if old != path:

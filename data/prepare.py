@@ -78,7 +78,7 @@ def prepare(
       code: the modules of that code; where they change, images are made afresh.
       eight_bit: store 8 bits if all images come from 8 bits (exact for intensity 'type'); else 16.
       several: how many images a task makes, about.
-      on_error: 'raise', or 'skip': leave out what cannot be made, and say so in the result.
+      on_error: 'raise', or 'skip': leave out what cannot be made, and say so in the result; but `files.NotNow` is raised.
       cache: folder; None is FACSIMILE_CACHE or else ~/.cache/facsimile.
       workers: processes; None is one for each core that this process may use.
       beam: options of Apache Beam, which then does the work instead: '--runner=DirectRunner'. Its workers need the raw

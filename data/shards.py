@@ -77,7 +77,7 @@ class Shard:
         """Yields (id, example), and calls `tick` with each task's id before its images are made.
 
         Raises:
-          ValueError: a task's one line, if `strict`.
+          ValueError: a task's one line, if `strict`, or where the machine failed.
         """
         if self.done():
             yield from ((part, None) for part in self.report().parts)
@@ -108,7 +108,7 @@ class Shard:
                     if image.spacing:
                         report.spacings[tuple(float(f"{mm:.5g}") for mm in image.spacing)] += 1
             except ValueError as error:
-                if self.strict:
+                if self.strict or isinstance(error, files.NotNow):
                     raise
                 report.skipped.append(str(error))
             report.counts.append(count)

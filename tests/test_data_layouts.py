@@ -364,6 +364,37 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
     assert len(found.rows) == 3 and "1 files or lines are left out" in found.notes[-1]
 
 
+def test_a_header_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    """A failure of the network, under 'skip': of what was left out nothing is kept."""
+    (tmp_path / "x").mkdir()
+    for name in ("a", "b", "c"):
+        make_files.dicom(tmp_path / "x" / f"{name}.dcm", make_files.EIGHT, PatientID=name)
+    failing, calls, real = {"b.dcm"}, [], layouts.dicom.header
+
+    def header(path):
+        calls.append(os.path.basename(path))
+        if calls[-1] in failing:
+            raise OSError(5, "Input/output error", path)
+        return real(path)
+
+    monkeypatch.setattr(layouts.dicom, "header", header)
+    again = lambda: (calls.clear(), manifest.read(tmp_path / "x", on_error="skip", cache=tmp_path / "cache"))[1]
+    assert [r.patient for r in again().rows] == ["a", "c"] and sorted(calls) == ["a.dcm", "b.dcm", "c.dcm"]
+    assert len(again().left_out) == 1 and calls == ["b.dcm"]
+    failing.clear()
+    assert [r.patient for r in again().rows] == ["a", "b", "c"] and calls == ["b.dcm"]
+    again()
+    assert calls == []
+
+
+def test_a_header_behind_a_link_is_stale_when_the_file_changes(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.dcm").symlink_to(tmp_path / "a.dcm")
+    for patient in ("before", "after"):
+        make_files.dicom(tmp_path / "a.dcm", make_files.EIGHT, PatientID=patient)
+        assert [r.patient for r in manifest.read(tmp_path / "x", cache=tmp_path / "cache").rows] == [patient]
+
+
 def test_the_patient_of_a_loose_dicom_file_is_in_its_header(tmp_path, real_data):
     make_files.dicom(tmp_path / "a.dcm", make_files.EIGHT, PatientID="p7")
     make_files.picture(tmp_path / "b.png", make_files.EIGHT)
