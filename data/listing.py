@@ -156,7 +156,7 @@ def choose(root: str, found: list[tuple[str, Row]], ask: Ask) -> list[Row]:
 
 def private(folder: str) -> None:
     """Makes a folder that only its owner reads: it holds patients' images and ids. One that is there stays as it is, but
-    for the default one.
+    for the default one; what is put there is readable by its owner alone.
 
     Raises:
       OSError: it cannot be made.
@@ -184,6 +184,7 @@ def remember(ask: Ask, root: str, state: Any, make: Callable[[Any], Any]) -> Any
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time and no more
         private(ask.cache)
         aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
+        aside.touch(mode=0o600)
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
         for old in path.parent.glob(f"{stem}-*.json"):

@@ -104,7 +104,7 @@ def prepare(
         with _alone(stem) as alone:
             if not os.path.exists(final):  # another process may have made it while we waited
                 partial = f"{stem}.partial" + ("" if alone else f"-{os.uname().nodename}-{os.getpid()}")
-                os.makedirs(partial, exist_ok=True)
+                os.makedirs(partial, 0o700, exist_ok=True)
                 os.utime(partial)  # it is not forgotten
                 shards = functools.partial(
                     _shards, partial, tasks, make, shape, several, on_error == "raise" and not beam
@@ -169,7 +169,7 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
 
     where, too_wide = os.path.dirname(shards[0].path), shards[0].too_wide
     if not os.path.exists(too_wide):
-        os.makedirs(where, exist_ok=True)
+        os.makedirs(where, 0o700, exist_ok=True)  # it stays so where it is put in the end
         for shard in shards:
             lost = os.path.exists(shard.path) and not shard.done()  # without its report
             if lost or (on_error == "raise" and shard.done() and shard.report().skipped):

@@ -12,6 +12,7 @@ from absl import logging
 
 import data
 from data import cohort, files, readers
+from tests import make_files
 
 RNG = np.random.default_rng(0)
 STEP = np.repeat(np.array([0, 255], np.uint8), 32).reshape(8, 8)
@@ -144,6 +145,18 @@ def test_cache_folder_from_the_environment(load, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot make the cache folder"):
         load(cache=tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_prepared_is_its_owners_alone(load, folder, tmp_path, workers):
+    """Also in a folder that all may read, as on a scratch disk."""
+    (tmp_path / "scratch").mkdir(mode=0o755)
+    (tmp_path / "scratch").chmod(0o755)
+    make_files.dicom(folder / "p00_9.dcm", RNG.integers(0, 256, (8, 8), dtype=np.uint8))
+    load(cache=tmp_path / "scratch", workers=workers, patient_pattern=None, patients="per_image")
+    kept = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "scratch").iterdir()}
+    assert [mode for name, mode in kept.items() if name.endswith("-raise")] == [0o700]
+    assert [mode for name, mode in kept.items() if name.startswith("headers-")] == [0o600]
 
 
 def test_limit_and_adding_data(load, folder):
