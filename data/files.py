@@ -79,7 +79,8 @@ def read_images(
       fit: how another shape becomes `size`; see `geometry.spans_of`. Sub-volumes are always 'exact'.
       spacing: mm between voxels, for each axis of `size`: `fit` is meant on a grid of this spacing, with a single
         resampling. None: the file's own voxels.
-      slices: of volumes, these sections as 2D images; see `parse_slices`. Constant ones, outside the body, are not given.
+      slices: of volumes, these sections as 2D images; see `parse_slices`. Constant ones, outside the body, are not given,
+        but one there must be.
         Coronal and sagittal ones have superior above, where the file says how it lies.
       lenient: of what generators write: a 2D image needs no slicing, and one that does not say its spacing is taken for one
         on the grid of `spacing` and has none in the result.
@@ -102,21 +103,29 @@ def read_images(
             raise Refused("is constant, so it shows nothing; remove it, or widen data.intensity if that is a window")
         if slices:
             axis, chosen = parse_slices(slices, array.shape)
+            sections = [index for index in chosen if np.ptp(array.take(index, axis))]
+            if not sections:
+                few = f"{len(chosen)} of its {array.shape[axis]} sections" + ", all constant" * bool(chosen)
+                raise Refused(f"data.slices selects {few}; correct it, or leave the file out")
             in_plane = pixels.spacing and pixels.spacing[:axis] + pixels.spacing[axis + 1 :]
-            for index in chosen:
+            for index in sections:
                 picture = array.take(index, axis)
                 if axis and pixels.affine is not None:  # D runs upwards, the rows of a picture downwards
                     picture = picture[::-1]
-                if np.ptp(picture):
-                    image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
-                    cut = image.cut or one_of_several
-                    yield image._replace(top=pixels.top, part=f"#{'zyx'[axis]}{index:03d}", cut=cut)
+                image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
+                cut = image.cut or one_of_several
+                yield image._replace(top=pixels.top, part=f"#{'zyx'[axis]}{index:03d}", cut=cut)
         elif row.centres:
+            constant = []
             for label, *centre in row.centres:
                 image = _around(array, pixels, centre, tuple(size), spacing)
-                if np.ptp(image.array) == 0:
-                    raise Refused(f"the sub-volume {label} is constant; correct its centre or widen data.intensity")
-                yield image._replace(eight_bit=eight_bit, top=pixels.top, part=f"#{label}")
+                if np.ptp(image.array):
+                    yield image._replace(eight_bit=eight_bit, top=pixels.top, part=f"#{label}")
+                else:
+                    constant.append(label)
+            if constant:  # only now, so that the others are there where what cannot be read is skipped
+                which = constant[0] + f" and {len(constant) - 1} more" * (len(constant) > 1)
+                raise Refused(f"the sub-volume {which} is constant; correct its centre or widen data.intensity")
         else:
             image = _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit, pixels.affine)
             yield image._replace(top=pixels.top, cut=image.cut or one_of_several)

@@ -270,6 +270,24 @@ def test_slices_of_a_patient_stay_together(tmp_path):
     assert len(data.load(**how, fractions=halves, limit={"train": 2})["train"].ids) == 2
 
 
+def test_a_volume_of_which_no_section_is_taken_is_refused(tmp_path):
+    """And counted where that is skipped: it does not vanish."""
+    volume = RNG.integers(1, 1000, (5, 6, 8), dtype=np.int16)
+    (tmp_path / "x").mkdir()
+    nifti(tmp_path / "x" / "p0.nii.gz", np.concatenate([volume] * 3))
+    volume[:2] = -1000
+    nifti(tmp_path / "x" / "p1.nii.gz", volume)
+    how = dict(path=tmp_path / "x", patient_pattern=r"p\d", size=(6, 8), intensity=WINDOW, fractions={"train": 1.0})
+    for slices, told in [
+        ("z:7:12", r"p1\.nii\.gz: data\.slices selects 0 of its 5 sections; correct it, or leave the file out"),
+        ("z:0:2", r"p1\.nii\.gz: data\.slices selects 2 of its 5 sections, all constant; correct it"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            data.load(**how, slices=slices, cache=tmp_path / "cache")
+        found = data.load(**how, slices=slices, on_error="skip", cache=tmp_path / "cache")["train"]
+        assert set(found.patients) == {"p0"} and found.notes[0].startswith("1 of 2 images could not be read")
+
+
 @pytest.mark.parametrize("text", ["w", "z:1", "z:4:2:0", "z:1.5:3", "", "z:a:b"])
 def test_slices_that_cannot_be(text):
     with pytest.raises(ValueError, match=r"^data\.slices .* is not AXIS"):
@@ -298,6 +316,17 @@ def test_sub_volumes_about_centres(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             read(Row(str(tmp_path / name), centres=(("c", *centre),)), size=(4, 4, 4))
+
+
+def test_a_constant_sub_volume_leaves_the_others(tmp_path):
+    volume = RNG.integers(-1000, 1000, (9, 10, 12), dtype=np.int16)
+    volume[:4] = 0
+    np.save(tmp_path / "a.npy", volume)
+    places = [("a", 2, 5, 6, "voxel"), ("b", 6, 5, 6, "voxel"), ("c", 2, 5, 5, "voxel")]
+    images = files.read_images(Row(str(tmp_path / "a.npy"), centres=tuple(places)), size=(4, 4, 4), intensity=WINDOW)
+    assert next(images).part == "#b"
+    with pytest.raises(ValueError, match="the sub-volume a and 1 more is constant; correct its centre"):
+        next(images)
 
 
 def test_centres_from_a_table(tmp_path):
