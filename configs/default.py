@@ -43,8 +43,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # for files whose layout says no patient: regular expression whose first group is the patient
     data.patient_pattern = config_dict.placeholder(str)
     data.patients = "required"  # or 'per_image': every image its own patient, said in every report
-    # how numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH' (in the
-    # files' units), 'header' (the window that the file recommends)
+    # how a file's numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH'
+    # (in the files' units), 'header' (the window that the file recommends); of sequences as channels each has its own
     data.intensity = "type"
     data.channels = 1  # of an image, up to 4: 3 for colour, or as many as data.kind names sequences
     data.channel = config_dict.placeholder(int)  # of files with several channels (4D), only this one

@@ -399,6 +399,32 @@ def test_one_channel_of_several(tmp_path):
     np.testing.assert_allclose(both, four[..., [0, 3]] / 1000, atol=1e-6)
 
 
+@given(st.integers(1, 5), st.sampled_from(["minmax", "percentile:1:99", "type", "header"]))
+@settings(max_examples=10, deadline=None)
+def test_each_sequence_has_its_own_range_of_intensities(tmp_path_factory, factor, intensity):
+    """Channels of several files are these files' images, whatever the units of each; of one file they share a range."""
+    folder, dtype = tmp_path_factory.mktemp("x"), np.uint8 if factor % 2 else np.uint16
+    arrays = [(RNG.integers(0, 40, VOLUME.shape) * k).astype(kind) for k, kind in ((1, np.uint8), (factor, dtype))]
+    paths = [str(folder / f"{k}.nii.gz") for k in range(2)]
+    for path, array in zip(paths, arrays, strict=True):
+        image = nibabel.Nifti1Image(array.T.copy(), np.diag([-1.0, -1, 1, 1]))
+        image.header["cal_max"] = array.max()
+        nibabel.save(image, path)
+    (both,) = read(Row("case", parts=tuple(paths)), channels=2, intensity=intensity)
+    alone = [read(path, intensity=intensity)[0] for path in paths]
+    np.testing.assert_array_equal(both.array, np.concatenate([one.array for one in alone], -1))
+    assert both.eight_bit == all(one.eight_bit for one in alone)
+    assert both.top == (alone[0].top if alone[0].top == alone[1].top else None)
+    with pytest.raises(ValueError, match=r"set data\.channels=3"):  # not one of them in place of a grey picture
+        read(Row("case", parts=(*paths, paths[0])), intensity=intensity)
+    (one,) = read(Row("case", parts=tuple(paths)), channel=1, intensity=intensity)
+    np.testing.assert_array_equal(one.array, alone[1].array)
+    np.save(folder / "joint.npy", np.stack(arrays, -1).astype(np.uint16))
+    (joint,) = read(folder / "joint.npy", channels=2, intensity="minmax")
+    whole = np.stack(arrays, -1).astype(float)
+    np.testing.assert_allclose(joint.array, 2 * (whole - whole.min()) / np.ptp(whole) - 1, atol=1e-6)
+
+
 def test_arrays_in_npz_and_hdf5(tmp_path):
     np.savez(tmp_path / "p1.npz", image=VOLUME)
     np.savez_compressed(tmp_path / "p2.npz", mask=VOLUME > 0, image=VOLUME)
