@@ -61,24 +61,16 @@ class Ask:
 
 
 def image_files(root: str, ask: Ask, wanted: Callable[[str], bool] | None = None) -> list[str]:
-    """Relative paths, sorted, '/' between folders, of files with an image's suffix, or `wanted(path)`; no hidden ones."""
+    """Relative paths, sorted, '/' between folders, of files with an image's suffix, or `wanted(path)`; see `walk`."""
     if not os.path.isdir(root):
         raise ValueError(f"{root}: is not a folder; correct data.path or data.layout")
     mend = "mend its permissions or move it away"
     refuse = lambda error: ask.refuse(f"{error.filename}: cannot be listed ({error.strerror}); {mend}")
-    found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to where we have been
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found = []
+    for folder, names in walk(root, refuse):
         inside = os.path.relpath(folder, root)
         for name in names:
             path = os.path.join(folder, name)
-            if name.startswith("."):
-                continue
             if not (wanted(path) if wanted else suffix(name) in READERS):
                 if suffix(name) not in BESIDE or (not suffix(name) and dicom.is_dicom(path)):
                     ask.ignored[suffix(name) or "DICOM without a suffix"] += 1
@@ -90,6 +82,19 @@ def image_files(root: str, ask: Ask, wanted: Callable[[str], bool] | None = None
                 found.append(name)
     found.sort()
     return found
+
+
+def walk(root: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yields (folder, names of its files) of a tree, in order, also where links lead; nothing hidden, and nothing twice."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=onerror):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, sorted(name for name in names if not name.startswith("."))
 
 
 def records(path: str, ask: Ask, *needed: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from data import containers, dicom, layouts, readers
-from data.listing import Ask, Manifest, Row, notes, records
+from data.listing import Ask, Manifest, Row, notes, records, walk
 
 LAYOUTS: dict[str, Callable[[str, Ask], Manifest]] = {
     "folder": layouts.folder,
@@ -207,12 +207,11 @@ def _begins(path: str, part: str, start: str) -> bool:
 
 def _begins_with_dicom(path: str) -> bool:
     """Whether the first file met that we can read is DICOM."""
-    for folder_, _, names in os.walk(path):
-        for name in sorted(names):
-            if not name.startswith("."):
-                kind = readers.suffix(name)
-                if kind in readers.READERS or dicom.is_dicom(os.path.join(folder_, name)):
-                    return kind == ".dcm" or kind not in readers.READERS
+    for folder, names in walk(path):
+        for name in names:
+            kind = readers.suffix(name)
+            if kind in readers.READERS or dicom.is_dicom(os.path.join(folder, name)):
+                return kind == ".dcm" or kind not in readers.READERS
     return False
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import data
 from data import manifest, splits
+from tests import make_files
 
 PATIENTS = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=60)
 FRACTIONS = st.tuples(*[st.floats(0, 1)] * 4).filter(lambda f: sum(f) > 0.1)
@@ -157,6 +158,19 @@ def test_folder_with_a_pattern(tmp_path):
     assert [(r.path, r.patient) for r in found.rows] == [("p1/a.png", "p1"), ("p1/c.nii.gz", "p1"), ("p2/b.PNG", "p2")]
     assert [r.patient for r in manifest.read(tmp_path, patient_pattern=r"p\d").rows] == ["p1", "p1", "p2"]
     assert [r.patient for r in manifest.read(tmp_path, patients="per_image").rows] == [r.path for r in found.rows]
+
+
+def test_the_first_file_decides_where_links_lead(tmp_path):
+    """As it is listed: what is hidden does not count, what a link leads to does, and no link leads round in a circle."""
+    make_files.dicom(tmp_path / "1-001.dcm", make_files.EIGHT)
+    (tmp_path / "x" / ".hidden").mkdir(parents=True)
+    os.symlink(tmp_path / "x", tmp_path / "x" / "again")
+    make_files.picture(tmp_path / "x" / ".hidden" / "a.png", make_files.EIGHT)
+    (tmp_path / "study").mkdir()
+    os.rename(tmp_path / "1-001.dcm", tmp_path / "study" / "1-001.dcm")
+    os.symlink(tmp_path / "study", tmp_path / "x" / "study")
+    (row,) = manifest.read(tmp_path / "x", volumes=True).rows
+    assert row.parts and row.patient == "p1"
 
 
 @pytest.mark.parametrize(
