@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # name of an array in .npz and .h5; in DICOM trees a regular expression searched in 'MODALITY SeriesDescription'
     data.kind = config_dict.placeholder(str)
     data.size = (64, 64)  # (H, W) or (D, H, W)
-    # for files whose layout says no patient: regular expression whose first group is the patient
+    # for files whose layout says no patient, or lets a case or exam stand for one: regular expression whose first group is it
     data.patient_pattern = config_dict.placeholder(str)
     data.patients = "required"  # or 'per_image': every image its own patient, said in every report
     # how a file's numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH'

@@ -141,8 +141,8 @@ def mrnet(path: str, ask: Ask) -> Manifest:
             if match := re.fullmatch(r"(axial|coronal|sagittal)/(\d+)\.npy", name):
                 row = Row(f"{part}/{name}", match[2], split={"valid": "val"}.get(part, part))
                 found.append((match[1], row))
-    notes = [f"MRNet says no patients, so each exam counts as one: {path}"]
-    return Manifest(path, choose(path, found, ask), notes)
+    note = f"MRNet says no patients, so each exam counts as one: {path}"
+    return Manifest(path, choose(path, found, ask), standing_in=note)
 
 
 def ixi(path: str, ask: Ask) -> Manifest:
@@ -175,15 +175,15 @@ def brats(path: str, ask: Ask) -> Manifest:
             rows.append(Row(files[wanted[0]], patient, study))
         else:
             rows.append(Row(case, patient, study, parts=tuple(files[kind] for kind in wanted)))
-    return Manifest(path, rows, [f"BraTS says no patients, so each case counts as one: {path}"])
+    return Manifest(path, rows, standing_in=f"BraTS says no patients, so each case counts as one: {path}")
 
 
 def decathlon(path: str, ask: Ask) -> Manifest:
     """Medical Segmentation Decathlon: imagesTr/hippocampus_001.nii.gz, imagesTs/..., or those files alone in a folder."""
     whole = any(os.path.isdir(os.path.join(path, f)) for f in ("imagesTr", "imagesTs"))
     pattern = rf"({'images(?:Tr|Ts)/' if whole else ''})((?:{DECATHLON})_\d+){NIFTI}"
-    notes = [f"the Decathlon says no patients, so each case counts as one: {path}"]
-    return Manifest(path, [Row(m[0], m[2]) for m in _named(path, pattern, ask)], notes)
+    note = f"the Decathlon says no patients, so each case counts as one: {path}"
+    return Manifest(path, [Row(m[0], m[2]) for m in _named(path, pattern, ask)], standing_in=note)
 
 
 def bids(path: str, ask: Ask) -> Manifest:

@@ -40,6 +40,7 @@ class Manifest(NamedTuple):
     notes: list[str] = []  # noqa: RUF012  one line each: what the user should know of; names only after the first ': '
     left_out: list[str] = []  # noqa: RUF012  one line for each file or line that cannot be used
     kinds: dict[str, int] = {}  # noqa: RUF012  of series or files that were taken together unasked: how many of each
+    standing_in: str = ""  # a note: what counts as a patient where the collection says none, unless a pattern does
 
 
 @dataclasses.dataclass(frozen=True)

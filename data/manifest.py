@@ -46,9 +46,10 @@ def read(
     Args:
       path: a folder of images, a CSV manifest, the root or file of a known layout, or 'tfds:NAME'.
       layout: a key of LAYOUTS, or 'auto' to tell by what is there.
-      patient_pattern: for images whose layout does not say the patient, and for DICOM headers that say a wrong one: a
-        regular expression searched in the relative path (folders parted by '/'); its first group, or the whole match where
-        it has none, is the patient. Where it matches nothing there is no patient: headers are not asked.
+      patient_pattern: for images whose layout does not say the patient or lets something else stand for one, and for
+        DICOM headers that say a wrong one: a regular expression searched in the relative path (folders parted by '/');
+        its first group, or the whole match where it has none, is the patient. Where it matches nothing there is no
+        patient: headers are not asked.
       patients: 'required' refuses images without a patient; 'per_image' takes each for a patient of its own, of which
         every report must then warn. PatientID and patient_id of DICOM and fastMRI files are looked up before that.
       kind: which images, where a collection has several kinds; each layout says what a kind is in it.
@@ -74,8 +75,10 @@ def read(
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions") from None
     rows = manifest.rows
+    standing_in = manifest.standing_in
     if patient_pattern:
-        rows = _match(rows, patient_pattern, replace=layout == "dicom")
+        rows = _match(rows, patient_pattern, replace=bool(layout == "dicom" or standing_in))
+        standing_in = ""
     else:
         rows = _ask_headers(manifest.root, rows, ask)
     rows = _unique(path, rows, ask)
@@ -90,7 +93,8 @@ def read(
         problems.append(problem)
     for place, row in enumerate(rows) if missing else ():
         rows[place] = row if row.patient else row._replace(patient=row.path)
-    return manifest._replace(rows=rows, notes=[*manifest.notes, *notes(path, ask)], left_out=ask.left_out)
+    said = [*manifest.notes, *filter(None, [standing_in]), *notes(path, ask)]
+    return manifest._replace(rows=rows, notes=said, left_out=ask.left_out)
 
 
 def synthetic(path: str) -> Manifest:
@@ -181,6 +185,8 @@ def _detect(path: str) -> str:
     names = sorted(os.listdir(path))
     inside = lambda *parts: os.path.exists(os.path.join(path, *parts))
     any_is = lambda pattern: any(re.fullmatch(pattern, name, re.IGNORECASE) for name in names)
+    images = [name for name in names if readers.suffix(name) in readers.READERS and not name.startswith(".")]
+    of_decathlon = re.compile(rf"(?:{layouts.DECATHLON})_\d+{layouts.NIFTI}").fullmatch
     signs = {
         "manifest": inside("manifest.csv"),
         "tfds": inside(containers.INFO) and inside("features.json"),
@@ -189,7 +195,7 @@ def _detect(path: str) -> str:
         "mimic": any_is(r"mimic-cxr-[\d.]+-.*\.csv(\.gz)?") and inside("files"),
         "chexpert": inside("train.csv") and inside("train") and _begins(path, "train", "patient"),
         "mrnet": any(inside(part, plane) for part in ("train", "valid") for plane in ("axial", "coronal", "sagittal")),
-        "decathlon": inside("imagesTr") or any_is(rf"(?:{layouts.DECATHLON})_\d+{layouts.NIFTI}"),
+        "decathlon": inside("imagesTr") or inside("imagesTs") or (bool(images) and all(map(of_decathlon, images))),
         "ixi": any_is(rf"IXI\d+-\w+-\d+-.*{layouts.NIFTI}"),
         "brats": any_is(r"BraTS.*[_-]\d+.*"),
         "fastmri": any_is(r"(single|multi)coil_.*") or any_is(r"file\w*\.h5"),

@@ -39,6 +39,32 @@ def test_layouts_where_a_case_stands_for_the_patient_say_so(tmp_path):
         assert "says no patients, so each case counts as one: " in note
 
 
+def test_a_pattern_takes_the_place_of_what_stands_for_the_patient(tmp_path):
+    """And then nothing is said of cases: the user has said who is who."""
+    touch(tmp_path, "b/BraTS20_7_1/BraTS20_7_1_t1.nii.gz", "b/BraTS20_7_2/BraTS20_7_2_t1.nii.gz")
+    touch(
+        tmp_path,
+        "d/imagesTr/la_071.nii.gz",
+        "d/imagesTr/la_072.nii.gz",
+        "m/train/axial/071.npy",
+        "m/valid/axial/072.npy",
+    )
+    for folder in "bdm":
+        assert len({r.patient for r in manifest.read(tmp_path / folder).rows}) == 2
+        found = manifest.read(tmp_path / folder, patient_pattern=r"7(?=_?\d)")
+        assert {r.patient for r in found.rows} == {"7"} and found.notes == []
+        with pytest.raises(ValueError, match="2 of 2 images have no patient id"):
+            manifest.read(tmp_path / folder, patient_pattern="P(.)")
+
+
+def test_one_file_named_so_is_no_decathlon(tmp_path):
+    touch(tmp_path, "lung_1001.nii.gz", "other_1001.nii.gz")
+    assert len(manifest.read(tmp_path, patients="per_image").rows) == 2
+    (tmp_path / "other_1001.nii.gz").unlink()
+    (note,) = manifest.read(tmp_path).notes
+    assert note.startswith("the Decathlon says no patients")
+
+
 def touch(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
