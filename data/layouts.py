@@ -5,6 +5,7 @@ A layout is called with the path and an `Ask`. Where a collection says no patien
 
 import collections
 import concurrent.futures
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,18 +27,24 @@ def folder(path: str, ask: Ask) -> Manifest:
 def table(path: str, ask: Ask) -> Manifest:
     """A CSV file, or a folder with manifest.csv: path, patient_id and, if wanted, study, slice, split, label.
 
-    Paths are relative to the CSV's folder. Other columns are ignored.
+    Paths are relative to the CSV's folder; 'patient' does for patient_id where that is not there. Other columns are
+    ignored, and told where their names look like patient_id or split misspelt.
     """
     path = os.path.join(path, "manifest.csv") if os.path.isdir(path) else path
-    columns = {"patient_id": "patient", **{field: field for field in Row._fields[:6]}}
-    rows = []
+    rows, column_of, record = [], {}, {}
     for line, record in records(path, ask, "path"):
-        row = Row(**{columns[k]: v.strip() for k, v in record.items() if k in columns})
+        if not column_of:
+            column_of = {field: field for field in Row._fields[:6] if field in record}
+            column_of |= {"patient": "patient_id"} if "patient_id" in record else {}
+        row = Row(**{field: record[column].strip() for field, column in column_of.items()})
         if row.path:
             rows.append(row._replace(path=os.path.normpath(row.path), item=_array(row.path, ask)))
         else:
             ask.refuse(f"{path}: line {line} has no path; fill it or remove the line")
-    return Manifest(os.path.dirname(path) or ".", rows)
+    absent, others = {"patient_id", "split"} - record.keys(), sorted(record.keys() - column_of.values())
+    alike = [name for name in others if difflib.get_close_matches(name, absent, 1, 0.8)]
+    note = f"{len(alike)} columns that may be patient_id or split misspelt are not read: {', '.join(alike)} in {path}"
+    return Manifest(os.path.dirname(path) or ".", rows, [note] if alike else [])
 
 
 def _array(name: str, ask: Ask) -> str:
@@ -68,11 +75,11 @@ def nih(path: str, ask: Ask) -> Manifest:
                 split_of |= dict.fromkeys(map(str.strip, lines), split)
 
     def listed():
-        for line, record in records(entries, ask, "Image Index", "Patient ID"):
-            name, patient = record["Image Index"], record["Patient ID"]
+        for line, record in records(entries, ask, "image index", "patient id"):
+            name, patient = record["image index"], record["patient id"]
             if name and patient:
-                said = {"split": split_of.get(name, ""), "label": record.get("Finding Labels", "")}
-                yield name, Row("", patient, record.get("Follow-up #", ""), **said)
+                said = {"split": split_of.get(name, ""), "label": record.get("finding labels", "")}
+                yield name, Row("", patient, record.get("follow-up #", ""), **said)
             else:
                 ask.refuse(f"{entries}: line {line} lacks its Image Index or Patient ID; fill it or remove the line")
 
@@ -92,10 +99,10 @@ def chexpert(path: str, ask: Ask) -> Manifest:
         found = {f"{part}/{name}": f"{part}/{name}" for name in image_files(os.path.join(path, part), ask)}
 
         def listed(entries=entries, part=part, split=split):
-            for _, record in records(entries, ask, "Path", "Frontal/Lateral"):
-                match = re.search(rf"{part}/(patient\d+)/(study\d+)/[^/]+$", record["Path"])
+            for _, record in records(entries, ask, "path", "frontal/lateral"):
+                match = re.search(rf"{part}/(patient\d+)/(study\d+)/[^/]+$", record["path"])
                 if match:
-                    kinds[match[0]] = record["Frontal/Lateral"]
+                    kinds[match[0]] = record["frontal/lateral"]
                     yield match[0], Row("", match[1], match[2], split=split)
                 else:
                     ask.refuse(f"{entries}: a Path is not {part}/patientN/studyN/FILE; correct it")
@@ -111,7 +118,7 @@ def mimic(path: str, ask: Ask) -> Manifest:
     Kinds, where the metadata is there: its ViewPosition (PA, AP, LATERAL, LL, ...), or 'unknown'.
     """
     splits = {r["dicom_id"]: r["split"] for r in _mimic_table(path, ask, "split", "dicom_id", "split")}
-    views = {r["dicom_id"]: r["ViewPosition"] for r in _mimic_table(path, ask, "metadata", "dicom_id", "ViewPosition")}
+    views = {r["dicom_id"]: r["viewposition"] for r in _mimic_table(path, ask, "metadata", "dicom_id", "viewposition")}
     found = []
     for name in image_files(os.path.join(path, "files"), ask):
         match = re.fullmatch(r"(?:p\d+/)?p(\d+)/s(\d+)/([^/]+)\.\w+", name)

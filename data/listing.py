@@ -99,15 +99,20 @@ def walk(root: str, onerror: Callable[[OSError], None] | None = None) -> Iterato
 
 
 def records(path: str, ask: Ask, *needed: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line number, record) of a CSV, .csv.gz or TSV whose header has the needed columns."""
+    """Yields (line number, record) of a CSV, .csv.gz or TSV whose header has the needed columns.
+
+    A record's keys are in lower case and without spaces around them, however the header writes them.
+    """
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rt", newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, strict=True, delimiter="\t" if path.endswith(".tsv") else ",")
-            header = reader.fieldnames or []
+            header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
             if missing := [name for name in needed if name not in header]:
                 has = ", ".join(header) or "nothing"
                 raise ValueError(f"{path}: no column {missing[0]!r}, its header has {has}; add or rename it")
+            if twice := [name for name in (*needed, *Row._fields, "patient_id") if header.count(name) > 1]:
+                raise ValueError(f"{path}: its header has two columns {twice[0]!r}; rename one")
             for record in reader:
                 if None in record or None in record.values():
                     ask.refuse(f"{path}: line {reader.line_num} has not the header's {len(header)} fields; mend it")

@@ -122,9 +122,29 @@ def test_manifest_csv(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "header, read, told",
+    [
+        ("Path, PATIENT_ID ,Split,age", ("p1", "train"), ""),
+        ("path,patient,split,age", ("p1", "train"), ""),
+        ("path,patient_id,splits,age", ("p1", ""), "splits"),
+        ("path,PatientID,split,age", ("", "train"), "patientid"),
+        ("path,patient_id,split,patient", ("p1", "train"), ""),  # patient_id is the one
+        ("path,patient_id,split,splits", ("p1", "train"), ""),  # so 'splits' is something else
+    ],
+)
+def test_the_columns_of_a_manifest(tmp_path, header, read, told):
+    path = write_csv(tmp_path / "m.csv", header.split(","), ["x.png", "p1", "train", "60"])
+    found = manifest.read(path, patients="per_image")
+    assert found.rows == [manifest.Row("x.png", read[0] or "x.png", split=read[1])]
+    note = f"1 columns that may be patient_id or split misspelt are not read: {told} in {path}"
+    assert found.notes == ([note] if told else [])
+
+
+@pytest.mark.parametrize(
     "content, message",
     [
         (b"", "no column 'path'"),
+        (b"path,patient_id,Split,split\nx.png,1,train,val\n", "its header has two columns 'split'; rename one"),
         (b"file,patient_id\nx.png,1\n", "no column 'path', its header has file, patient_id"),
         (b"path,patient_id\nx.png\n", "line 2 has not the header's 2 fields"),
         (b"path,patient_id\nx.png,1,2\n", "line 2 has not the header's 2 fields"),
