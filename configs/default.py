@@ -78,7 +78,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
     data.seed = 0  # of that hash: another seed is another partition
-    # five-fold cross-validation: the patients in train and val are cut in five, and this fifth (0 to 4) is val
+    # five-fold cross-validation: the patients in train and val are cut in five, and this fifth (0 to 4) is val; not where
+    # data.splits is a file
     data.fold = config_dict.placeholder(int)
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
     cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 600})

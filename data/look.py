@@ -43,8 +43,8 @@ def splits(
         said = "the cohort"
     by = {f"by {said}": len(part.said), "by a hash of their ids": len(table) - len(part.said)}
     told = ", ".join(f"{how} for {count} patients" for how, count in by.items() if count)
-    cut = f"; cut anew by data.fold={settings['fold']}" if settings["path"] and settings["fold"] is not None else ""
-    line = f"splits     {told}{cut}"
+    cut = settings["fold"] is not None and settings["path"] and said == "the data"
+    line = f"splits     {told}" + f"; 'train' and 'val' cut anew by data.fold={settings['fold']}" * bool(cut)
     if not write:
         listing.unlink(missing_ok=True)
         return [line]

@@ -204,7 +204,7 @@ def partition_of(
       splits: None: what the data says of its patients, and a hash for the others; 'hash': a hash for all; or a CSV with
         the columns patient_id and split (see `manifest.splits`), which is to name every patient of the data. Whom it puts
         in 'train', as those that a generator has seen, is there; it may name others, who are not in the data.
-      fractions, seed, fold: see `splits.assign`.
+      fractions, seed, fold: see `splits.assign`. A file is not cut in folds.
     Raises:
       ValueError: one line that names the file or key and the mend.
     """
@@ -212,8 +212,7 @@ def partition_of(
     by_file = splits not in (None, "hash")
     if path is None and not by_file:
         return Partition(np.array(given), dict(zip(of, given, strict=True)), False)
-    if by_file and fold is not None:
-        raise ValueError(f"data.fold={fold} cuts 'train' and 'val' anew, which {splits} says: set data.fold=None")
+    fold = None if by_file else fold
     assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed, fold=fold, whole_train=by_file)
 
     def stated() -> Partition:
