@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,7 @@ def load(
     seed: int = 0,
     fold: int | None = None,
     limit: Mapping[str, int] | None = None,
+    need: Sequence[str] = (),
     splits: str | None = None,
     accept_duplicates: Sequence[str] | None = None,
     cohort: Mapping | None = None,
@@ -80,6 +81,7 @@ def load(
       fractions, seed, fold: see `splits.assign`. The cohort has splits of its own.
       splits: 'hash' leaves out of account the splits that the data brings; see `partition_of`.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
+      need: splits that must not be empty, as those with a share in `fractions` must not, though theirs be 0.
       accept_duplicates: images of different patients that are the same image are an error that lists them, but for those
         named here (see `duplicates.find`) and the cohort's own, which are in the sets' `notes`; None: not looked for.
       cohort: arguments of `cohort.records`, and `height` of `cohort.subject`.
@@ -94,6 +96,8 @@ def load(
       FileNotFoundError, ValueError: one line that names the file or key and the mend; also where a split is empty that
         should not be.
     """
+    if too_few := [name for name, count in (limit or {}).items() if count is not None and count < 1]:
+        raise ValueError(f"data.limit.{too_few[0]} must be None, or 1 or more, not {limit[too_few[0]]}")
     found = listed(
         path,
         layout=layout,
@@ -111,12 +115,14 @@ def load(
     split_of, task_of = part.split_of, np.arange(len(names))
     if path is None:
         task_of, read = _cohort(dict(cohort or {}), size=size, **reading)
-        needed, mend = partition.NAMES, "correct data.cohort.subjects"
+        needed, mend = partition.NAMES, lambda name: "correct data.cohort.subjects"
     else:
         read = lambda: _read_kinds(found, trouble, size=size, **reading)
-        needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
-        whose = "the manifest's splits" if splits in (None, "hash") else splits
-        mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or {whose}"
+        shared = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
+        needed, whose = {*shared, *need}, "the manifest's splits" if splits in (None, "hash") else splits
+        count = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or {whose}"
+        none = lambda name: f"data.fractions.{name}=0: give it a share, say 0.15, or correct {whose}"
+        mend = lambda name: count if name in shared else none(name)
     _refuse_empty(needed, split_of, mend, trouble)  # before the files are read, which may take hours
     done, window = read()
     notes = (*found.notes, *prepared.skipped(done))
@@ -268,12 +274,9 @@ def _read_kinds(found: manifest.Manifest, trouble: Trouble | None, **reading):
 
 def subset(one: ImageSet, keep: np.ndarray) -> ImageSet:
     """The images of a set at which `keep`, (n,) bool, is true; they stay on disk."""
-    from data import builder
-
-    images = builder.Stored(one.images.folder, one.images.indices[keep])
     digests = [digest for digest, kept in zip(one.digests, keep, strict=True) if kept]
     names = {"ids": one.ids[keep], "patients": one.patients[keep], "files": one.files[keep] if len(one.files) else ()}
-    return one._replace(images=images, digests=digests, **names)
+    return one._replace(images=one.images[keep], digests=digests, **names)
 
 
 def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
@@ -320,9 +323,11 @@ def _draw(task: tuple[str, int, int], **drawing) -> list[files.Image]:
     return [files.Image(brains.subject(number, scan=scan, **drawing), eight_bit=False, resized=False)]
 
 
-def _refuse_empty(needed: Sequence[str], present: Sequence[str], mend: str, trouble: Trouble | None) -> None:
+def _refuse_empty(
+    needed: Iterable[str], present: Sequence[str], mend: Callable[[str], str], trouble: Trouble | None
+) -> None:
     if missing := sorted(set(needed) - set(present), key=partition.NAMES.index):
-        problem = f"the split {missing[0]!r} has no images; {mend}"
+        problem = f"the split {missing[0]!r} has no images; {mend(missing[0])}"
         if trouble is None:
             raise ValueError(problem)
         if problem not in trouble.problems:

@@ -159,6 +159,16 @@ def test_what_is_prepared_is_its_owners_alone(load, folder, tmp_path, workers):
     assert [mode for name, mode in kept.items() if name.startswith("headers-")] == [0o600]
 
 
+def test_some_images_of_a_set_are_a_set(load):
+    """By numbers, as for samples that are still missing, and by bools."""
+    images = load(fractions={"train": 1.0})["train"].images
+    for some in (np.array([3, 1, 1], np.int32), np.arange(60) % 7 == 2):
+        chosen = np.arange(60)[some]
+        assert len(images[some]) == len(chosen)
+        np.testing.assert_array_equal(list(images[some]), [images[i] for i in chosen])
+    np.testing.assert_array_equal(next(data.in_order(images[np.array([5])], 1))[0][0], images[5])
+
+
 def test_limit_and_adding_data(load, folder):
     whole, cut = load(), load(limit={"train": 5, "val": None})
     assert len(cut["train"].ids) == len(cut["train"].images) == 5 and set(cut["train"].ids) <= set(whole["train"].ids)
@@ -230,6 +240,11 @@ def test_unreadable_files(load, folder, caplog, monkeypatch):
     [
         (dict(fractions={"train": 1.0}), None),
         (dict(fractions={"train": 0.999, "val": 0.001}), "the split 'val' has no images; .* has 30 patients"),
+        (
+            dict(fractions={"train": 1.0}, need=("train", "val")),
+            r"'val' has no images; data\.fractions\.val=0: give it",
+        ),
+        (dict(limit={"train": 0}), r"data\.limit\.train must be None, or 1 or more, not 0"),
         (dict(on_error="ignore"), "data.on_error"),
         (dict(fit="squeeze"), "data.fit"),
         (dict(size=(8,)), "data.size"),
