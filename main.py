@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 def train(config: ConfigDict, workdir: Path) -> None:
     """The generator's stages, then the copy detector; stages that are done are skipped."""
     form_of(config, workdir)  # samples that cannot be written are refused before anything is read
-    sets = data.load(**config.data.to_dict())
+    sets = data.load(**config.data.to_dict(), need=("train", "select", config.detector.select_on))
     content = data.content(sets, *LEARNED)
     generator = build_generator(config, workdir)
     for name in ldm.stages(config.generator):
@@ -115,7 +115,8 @@ def drawing(config: ConfigDict, generator: ldm.Generator) -> tuple[Callable, Seq
     how = {name: config.sample[name] for name in ("sampler", "steps", "eta")} | {"key": key(config, 3)}
     control = config.sample.control
     if control == "held_out":
-        return ldm.round_trip(generator) or jax.jit(lambda x: x), data.load(**config.data.to_dict())["control"].images
+        unseen = data.load(**config.data.to_dict(), need=("control",))["control"]
+        return ldm.round_trip(generator) or jax.jit(lambda x: x), unseen.images
     if control:
         controls.check(control)
         return ldm.sampler(*ldm.optimal(generator), **how), np.arange(config.sample.n, dtype=np.int32)
@@ -133,13 +134,8 @@ def audit(config: ConfigDict, workdir: Path) -> int:
     source = workdir / "samples" if ours else Path(foreign).expanduser()
     if release and source.is_file():
         raise ValueError(f"{source}: audit.release copies files, and this is one: save its images one by one")
-    sets = data.load(**config.data.to_dict())
-    for name in ("train", "val", "control"):  # the audit's null and its negative control are no luxury
-        if not len(sets[name].ids):
-            raise ValueError(
-                f"config.data.fractions.{name}={config.data.fractions[name]:g}: an audit needs {name!r} patients; "
-                "give them a share, say 0.15, or a split in the manifest"
-            )
+    need = ("train", config.detector.select_on, "val", "control")  # the null and the negative control are no luxury
+    sets = data.load(**config.data.to_dict(), need=need)
     if ours:  # else who trained the generator might be among the unseen patients
         learned = {stage.CONTENT: data.content(sets, *LEARNED)}
         for made in (*ldm.stages(config.generator), "samples"):

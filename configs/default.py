@@ -40,11 +40,11 @@ def get_config(variant: str = "") -> ConfigDict:
     # name of an array in .npz and .h5; in DICOM trees a regular expression searched in 'MODALITY SeriesDescription'
     data.kind = config_dict.placeholder(str)
     data.size = (64, 64)  # (H, W) or (D, H, W)
-    # for files whose layout says no patient: regular expression whose first group is the patient
+    # for files whose layout says no patient, or lets a case or exam stand for one: regular expression whose first group is it
     data.patient_pattern = config_dict.placeholder(str)
     data.patients = "required"  # or 'per_image': every image its own patient, said in every report
-    # how numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH' (in the
-    # files' units), 'header' (the window that the file recommends)
+    # how a file's numbers become [-1, 1]: 'type' (the file type's range), 'minmax', 'percentile:LOW:HIGH', 'window:LOW:HIGH'
+    # (in the files' units), 'header' (the window that the file recommends); of sequences as channels each has its own
     data.intensity = "type"
     data.channels = 1  # of an image, up to 4: 3 for colour, or as many as data.kind names sequences
     data.channel = config_dict.placeholder(int)  # of files with several channels (4D), only this one
@@ -63,17 +63,23 @@ def get_config(variant: str = "") -> ConfigDict:
     # images of different patients that are the same image are an error, but for: their ids, a .txt file with an id a line,
     # or 'all'; every report says so
     data.accept_duplicates = ()
-    data.on_error = "raise"  # or 'skip': unreadable files are counted and left out
+    data.on_error = (
+        "raise"  # or 'skip': unreadable files are counted and left out; not where disk, network or memory fail
+    )
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
     data.workers = config_dict.placeholder(int)  # processes that read files; None: one for each core
     # Apache Beam reads them instead, with these options: '--runner=DirectRunner --direct_num_workers=4'
     data.beam = config_dict.placeholder(str)
-    data.splits = config_dict.placeholder(str)  # 'hash': by `fractions` alone; None: splits that the data brings win
+    # 'hash': by `fractions` alone; None: splits that the data brings win; or a CSV with patient_id,split that names every
+    # patient (train, select, val, control or test, none), as `python -m data` writes it and wins over all else: whom another
+    # generator has seen is 'train', and all of them stay in it, where 'select' and 'control' not named come of 'val'
+    data.splits = config_dict.placeholder(str)
     # shares of the patients, by a hash of the patient's id, where the data brings no split of its own:
     # train (all models), select (choice of checkpoints), val (the audit's null), control (the audit's negative control)
     data.fractions = ConfigDict({"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15})
     data.seed = 0  # of that hash: another seed is another partition
-    # five-fold cross-validation: the patients in train and val are cut in five, and this fifth (0 to 4) is val
+    # five-fold cross-validation: the patients in train and val are cut in five, and this fifth (0 to 4) is val; not where
+    # data.splits is a file
     data.fold = config_dict.placeholder(int)
     data.cohort = cohort = ConfigDict()  # the embedded cohort, used where `path` is None
     cohort.subjects = ConfigDict({"train": 40, "select": 16, "val": 160, "control": 600})
@@ -226,6 +232,9 @@ def get_config(variant: str = "") -> ConfigDict:
                 "spacing": config_dict.placeholder(tuple),
                 "channel": config_dict.placeholder(int),
                 "slices": config_dict.placeholder(str),
+                # which images are one draw, where files are parts of one, as the sections of a volume: a regular expression
+                # searched in a file's path, whose first group names the draw; None: every file is one
+                "draw": config_dict.placeholder(str),
             },
             "fdr": 0.05,  # false-discovery rate of the calibrated test
             "percentile": 95.0,  # of the paper's rule

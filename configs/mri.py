@@ -5,7 +5,8 @@
 MRNet-v1.0 is Stanford's folder with train/sagittal/0000.npy and valid/sagittal/1130.npy: 1,250 exams. The five-fold split
 of the paper's numbers: 904 exams train and 226 are unseen; the other 120, as many as Stanford keeps for validation, choose
 checkpoints and are the audit's negative control. `--config.data.fold=0` to 4 are the five folds: each of the 1,130 is unseen
-in one of them, and the other 120 stay. A CSV with the columns path,patient_id,split holds any other partition.
+in one of them, and the other 120 stay. `--config.data.splits=FILE`, a CSV with patient_id,split that names every exam
+(0000, 0001, ...), is any other partition, without folds.
 MRNet names no patients, so each exam counts as one, of which every report warns: by Stanford's account its 1,130 training
 exams are of 1,088 patients, so a few patients may be in two splits.
 

@@ -2,9 +2,10 @@
 
     python -m data --config=configs/xray.py --config.data.path=PATH --out=look.png
 
-Prints the counts of images and patients in each split, shapes, spacings, intensities, what was left out, and images that
-are there twice; draws a contact sheet, and lists beside it the repeats (look.csv) and the files that were left out
-(look.left_out.csv). Exits with 1 where training would refuse the data: an empty split, images without a patient, files that
+Prints the counts of images and patients in each split, who says the splits, shapes, spacings, intensities, what was left
+out, and images that are there twice; draws a contact sheet, and lists beside it the repeats (look.csv), the files that were
+left out (look.left_out.csv), and each patient's split (look.splits.csv): for whoever trains another generator, and to be
+given back as data.splits. Exits with 1 where training would refuse the data: an empty split, images without a patient, files that
 cannot be read (unless data.on_error is 'skip'), or different patients who share an image that `data.accept_duplicates` does
 not name.
 
@@ -47,10 +48,13 @@ def main(argv: list[str]) -> int:
     accept, path = settings.pop("accept_duplicates"), settings["path"]
     trouble = sets.Trouble([], [])
     splits = data.load(**settings, trouble=trouble)
+    listed = sets.listed(**settings, trouble=sets.Trouble([], []))
+    part = sets.partition_of(listed, **settings, trouble=sets.Trouble([], []))
     planted = sets.planted(path, settings["cohort"])
     found = duplicates.find(splits, [*accept, *planted])
     lines = [f"{path or 'the embedded semi-synthetic cohort'}", *look.table(splits, found.within)]
-    lines += look.raw(sets.listed(**settings, trouble=sets.Trouble([], []))) if path else []
+    lines += look.splits(listed, part, settings, out.with_suffix(".splits.csv"), write=not trouble.problems)
+    lines += look.raw(listed) if path else []
     lines += look.prepared(splits)
     lines += [f"note       {note}" for note in dict.fromkeys(n for s in splits.values() for n in s.notes)]
     lines += look.alike(found, out.with_suffix(".csv"))

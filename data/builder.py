@@ -116,7 +116,10 @@ def _beam(text: str) -> dict:
 
 
 class Stored(Sequence):
-    """Images of a prepared data set, read when asked for: `images[i]` is float32 (*size, C) in [-1, 1]."""
+    """Images of a prepared data set, read when asked for: `images[i]` is float32 (*size, C) in [-1, 1].
+
+    An array of numbers, or of bools, gives these images, still on disk.
+    """
 
     def __init__(self, folder: str, indices: np.ndarray):
         self._source = tfds.builder_from_directory(folder).as_data_source(SPLIT)
@@ -125,5 +128,7 @@ class Stored(Sequence):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int | np.ndarray) -> "np.ndarray | Stored":
+        if isinstance(index, np.ndarray):
+            return Stored(self.folder, self.indices[index])
         return files.decode(self._source[int(self.indices[index])]["image"])

@@ -109,5 +109,5 @@ def _source(folder: str, split: str, skip: str | None = None):
 def _patients(root: str, split: str, feature: str, image: str, ask: Ask) -> list[str]:
     status = os.stat(os.path.join(root, INFO))
     text = lambda value: value.decode() if isinstance(value, bytes) else str(value)
-    make = lambda: [text(record[feature]) for record in _source(root, split, image)]
+    make = lambda known: known or [text(record[feature]) for record in _source(root, split, image)]
     return remember(ask, os.path.join(root, split), [feature, status.st_size, status.st_mtime_ns], make)

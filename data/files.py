@@ -5,8 +5,10 @@ anterior to posterior, W from the patient's right to left. Nothing of an image's
 """
 
 import contextlib
+import errno
 import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,6 +19,23 @@ from data import containers, dicom, geometry, readers
 from data.listing import Row
 from data.readers import Pixels, Refused, suffix
 
+# what happens to a machine or its network, whatever the file; not what a damaged or locked file gives
+MACHINE = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.EINTR,
+}
+MACHINE |= {errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+
+
+class NotNow(ValueError):
+    """A file that may well be read another time: never left out as one that cannot be read, since that is remembered."""
+
 
 class Image(NamedTuple):
     array: np.ndarray  # float32 (*size, C) in [-1, 1]
@@ -26,6 +45,7 @@ class Image(NamedTuple):
     part: str = ""  # of a file with several: what to add to the id, '#z012'
     top: float | None = None  # by their type the file's numbers run from 0 to that
     affine: np.ndarray | None = None  # of a whole volume that says it: (4, 4), as of `Pixels`, for indices of `array`
+    cut: bool = False  # the file shows more than this: other channels, or what lies beyond the frame
 
 
 def read_image(path: str, *, size: Sequence[int], **settings) -> Image:
@@ -55,54 +75,69 @@ def read_images(
       size: (H, W) or (D, H, W) wanted.
       channels: wanted; a colour file is taken for one channel only if its content is grey.
       channel: of a file with several (4D), only this one.
-      intensity: how numbers become [-1, 1], over the whole file; see `parse_intensity`.
+      intensity: how numbers become [-1, 1], over the whole of each file; see `parse_intensity`.
       fit: how another shape becomes `size`; see `geometry.spans_of`. Sub-volumes are always 'exact'.
       spacing: mm between voxels, for each axis of `size`: `fit` is meant on a grid of this spacing, with a single
         resampling. None: the file's own voxels.
-      slices: of volumes, these sections as 2D images; see `parse_slices`. Constant ones, outside the body, are not given.
-        Coronal and sagittal ones have superior above, where the file says how it lies.
+      slices: of volumes, these sections as 2D images; see `parse_slices`. Constant ones, outside the body, are not given,
+        but one there must be. Coronal and sagittal ones have superior above, where the file says how it lies.
       lenient: of what generators write: a 2D image needs no slicing, and one that does not say its spacing is taken for one
         on the grid of `spacing` and has none in the result.
     Yields:
       One image, or one for each slice or centre.
     Raises:
-      ValueError: one line naming the file and the mend.
+      ValueError: one line naming the file and the mend; NotNow where the machine failed, not the file.
     """
     with _one_line(row, root):
-        pixels = _read(row, root)
+        parts = _read(row, root)
+        pixels = _joined(parts)
+        top, eight_bit = pixels.top, pixels.array.dtype == np.uint8
+        if scaled := len(parts) > 1:  # sequences, whose intensities have nothing to do with each other
+            pixels = pixels._replace(array=np.concatenate([_scale(part, intensity) for part in parts], -1), top=None)
         if lenient and sum(n > 1 for n in pixels.array.shape[:-1]) <= 2:
             slices = None
         rank = 3 if slices or row.centres else len(size)
-        pixels = _one_image(_take_channel(pixels, channel), rank, channels)
+        taken = _take_channel(pixels, channel)
+        one_of_several = taken.array.shape[-1] < pixels.array.shape[-1]
+        pixels = _one_image(taken, rank, channels)
         spacing = None if lenient and pixels.spacing is None else spacing
-        array, eight_bit = _scale(pixels, intensity), pixels.array.dtype == np.uint8
+        array = pixels.array if scaled else _scale(pixels, intensity)
         if np.ptp(array) == 0:
             raise Refused("is constant, so it shows nothing; remove it, or widen data.intensity if that is a window")
         if slices:
             axis, chosen = parse_slices(slices, array.shape)
+            sections = [index for index in chosen if np.ptp(array.take(index, axis))]
+            if not sections:
+                few = f"{len(chosen)} of its {array.shape[axis]} sections" + ", all constant" * bool(chosen)
+                raise Refused(f"data.slices selects {few}; correct it, or leave the file out")
             in_plane = pixels.spacing and pixels.spacing[:axis] + pixels.spacing[axis + 1 :]
-            for index in chosen:
+            for index in sections:
                 picture = array.take(index, axis)
                 if axis and pixels.affine is not None:  # D runs upwards, the rows of a picture downwards
                     picture = picture[::-1]
-                if np.ptp(picture):
-                    image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
-                    yield image._replace(top=pixels.top, part=f"#{'zyx'[axis]}{index:03d}")
+                image = _fit(picture, tuple(size), fit, in_plane, spacing, eight_bit)
+                cut = image.cut or one_of_several
+                yield image._replace(top=top, part=f"#{'zyx'[axis]}{index:03d}", cut=cut)
         elif row.centres:
+            constant = []
             for label, *centre in row.centres:
                 image = _around(array, pixels, centre, tuple(size), spacing)
-                if np.ptp(image.array) == 0:
-                    raise Refused(f"the sub-volume {label} is constant; correct its centre or widen data.intensity")
-                yield image._replace(eight_bit=eight_bit, top=pixels.top, part=f"#{label}")
+                if np.ptp(image.array):
+                    yield image._replace(eight_bit=eight_bit, top=top, part=f"#{label}")
+                else:
+                    constant.append(label)
+            if constant:  # only now, so that the others are there where what cannot be read is skipped
+                which = constant[0] + f" and {len(constant) - 1} more" * (len(constant) > 1)
+                raise Refused(f"the sub-volume {which} is constant; correct its centre or widen data.intensity")
         else:
             image = _fit(array, tuple(size), fit, pixels.spacing, spacing, eight_bit, pixels.affine)
-            yield image._replace(top=pixels.top)
+            yield image._replace(top=top, cut=image.cut or one_of_several)
 
 
 def raw(row: Row, root: str = "") -> Pixels:
     """The file's own numbers, upright, with what it says of spacing. Raises ValueError: one line, file and mend."""
     with _one_line(row, root):
-        return _read(row, root)
+        return _joined(_read(row, root))
 
 
 @contextlib.contextmanager
@@ -113,6 +148,11 @@ def _one_line(row: Row, root: str) -> Iterator[None]:
     except Refused as error:
         raise ValueError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise anything at damaged files, and what they say may quote content
+        if isinstance(error, MemoryError):
+            raise NotNow(f"{name}: memory ran out as it was read; lower data.workers, or remove it") from None
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            why = os.strerror(error.errno)
+            raise NotNow(f"{name}: cannot be read now ({why}); run the command again, or remove it") from None
         kind = suffix((row.parts or (row.path,))[0]) or "an image"
         why = f"cannot be read as {kind} ({type(error).__name__}): damaged, locked or of another kind"
         raise ValueError(f"{name}: {why}; restore or remove it, or set data.on_error='skip'") from None
@@ -166,13 +206,20 @@ def parse_slices(text: str, shape: Sequence[int] = (100, 100, 100)) -> tuple[int
 
 
 def _check(path: str) -> None:
-    if not os.path.isfile(path):
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        if error.errno in MACHINE:
+            raise
+        found = None
+    if not found or not stat.S_ISREG(found.st_mode):
         raise Refused("there is no such file; correct the manifest or restore the file")
-    if os.path.getsize(path) == 0:
+    if found.st_size == 0:
         raise Refused("the file is empty; restore or remove it")
 
 
-def _read(row: Row, root: str) -> Pixels:
+def _read(row: Row, root: str) -> list[Pixels]:
+    """The row's image: one part, or one for each file that is a channel of its own."""
     paths = [os.path.join(root, part) for part in row.parts or (row.path,)]
     for path in paths:
         _check(path)
@@ -181,21 +228,26 @@ def _read(row: Row, root: str) -> Pixels:
         return _read_as(paths, suffix(paths[0]), row.item)
 
 
-def _read_as(paths: Sequence[str], kind: str, item: str) -> Pixels:
+def _read_as(paths: Sequence[str], kind: str, item: str) -> list[Pixels]:
     if os.path.basename(paths[0]) == containers.INFO:
-        return containers.record(paths[0], item)
+        return [containers.record(paths[0], item)]
     if kind not in readers.READERS and dicom.is_dicom(paths[0]):
         kind = ".dcm"  # scanners and archives leave the suffix out
     if kind not in readers.READERS:
         raise Refused(f"no reader for this kind of file; readable are {', '.join(readers.READERS)}")
-    if len(paths) == 1:
-        return readers.READERS[kind](paths[0], item)
-    if kind == ".dcm":
-        return dicom.read(paths)
-    parts = [readers.READERS[kind](path, item) for path in paths]
+    if kind == ".dcm" and len(paths) > 1:
+        return [dicom.read(paths)]
+    return [readers.READERS[kind](path, item) for path in paths]
+
+
+def _joined(parts: Sequence[Pixels]) -> Pixels:
+    """Parts as the channels of one image."""
+    if len(parts) == 1:
+        return parts[0]
     if any(part.array.shape != parts[0].array.shape for part in parts):
         raise Refused("its channels differ in shape; register them to one grid first")
-    return parts[0]._replace(array=np.concatenate([part.array for part in parts], -1))
+    top = parts[0].top if len({part.top for part in parts}) == 1 else None
+    return parts[0]._replace(array=np.concatenate([part.array for part in parts], -1), top=top)
 
 
 def _take_channel(pixels: Pixels, channel: int | None) -> Pixels:
@@ -209,8 +261,6 @@ def _take_channel(pixels: Pixels, channel: int | None) -> Pixels:
 def _one_image(pixels: Pixels, rank: int, channels: int) -> Pixels:
     """Drops axes of length 1 until `rank` are left, and the colour of what is grey; refuses all else."""
     array, spacing = pixels.array, pixels.spacing
-    if array.dtype.kind not in "uif":
-        raise Refused(f"holds {array.dtype} instead of real numbers; save it as numbers")
     for axis in reversed(range(array.ndim - 1)):
         if array.ndim > rank + 1 and array.shape[axis] == 1:
             array, spacing = array.squeeze(axis), spacing and spacing[:axis] + spacing[axis + 1 :]
@@ -233,6 +283,8 @@ def _one_image(pixels: Pixels, rank: int, channels: int) -> Pixels:
 
 def _scale(pixels: Pixels, intensity) -> np.ndarray:
     name, *bounds = parse_intensity(intensity)
+    if pixels.array.dtype.kind not in "uif":
+        raise Refused(f"holds {pixels.array.dtype} instead of real numbers; save it as numbers")
     with np.errstate(over="ignore"):  # what overflows is caught as infinite
         array = pixels.array.astype(np.float32)
     if not np.isfinite(array).all():
@@ -270,7 +322,8 @@ def _fit(array, size, fit, own, wanted, eight_bit, affine=None) -> Image:
     if shape == size == tuple(spans):
         return Image(array, eight_bit, False, spacing, affine=affine)
     fitted = np.clip(geometry.resample(array, size, spans), -1, 1)  # the filter's rounding may step out
-    return Image(fitted, eight_bit, True, spacing, affine=affine)
+    cut = any(span < n - 0.5 for span, n in zip(spans, shape, strict=True))
+    return Image(fitted, eight_bit, True, spacing, affine=affine, cut=cut)
 
 
 def _around(array, pixels: Pixels, centre, size, wanted) -> Image:

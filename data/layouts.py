@@ -5,6 +5,7 @@ A layout is called with the path and an `Ask`. Where a collection says no patien
 
 import collections
 import concurrent.futures
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,18 +27,24 @@ def folder(path: str, ask: Ask) -> Manifest:
 def table(path: str, ask: Ask) -> Manifest:
     """A CSV file, or a folder with manifest.csv: path, patient_id and, if wanted, study, slice, split, label.
 
-    Paths are relative to the CSV's folder. Other columns are ignored.
+    Paths are relative to the CSV's folder; 'patient' does for patient_id where that is not there. Other columns are
+    ignored, and told where their names look like patient_id or split misspelt.
     """
     path = os.path.join(path, "manifest.csv") if os.path.isdir(path) else path
-    columns = {"patient_id": "patient", **{field: field for field in Row._fields[:6]}}
-    rows = []
+    rows, column_of, record = [], {}, {}
     for line, record in records(path, ask, "path"):
-        row = Row(**{columns[k]: v.strip() for k, v in record.items() if k in columns})
+        if not column_of:
+            column_of = {field: field for field in Row._fields[:6] if field in record}
+            column_of |= {"patient": "patient_id"} if "patient_id" in record else {}
+        row = Row(**{field: record[column].strip() for field, column in column_of.items()})
         if row.path:
             rows.append(row._replace(path=os.path.normpath(row.path), item=_array(row.path, ask)))
         else:
             ask.refuse(f"{path}: line {line} has no path; fill it or remove the line")
-    return Manifest(os.path.dirname(path) or ".", rows)
+    absent, others = {"patient_id", "split"} - record.keys(), sorted(record.keys() - column_of.values())
+    alike = [name for name in others if difflib.get_close_matches(name, absent, 1, 0.8)]
+    note = f"{len(alike)} columns that may be patient_id or split misspelt are not read: {', '.join(alike)} in {path}"
+    return Manifest(os.path.dirname(path) or ".", rows, [note] if alike else [])
 
 
 def _array(name: str, ask: Ask) -> str:
@@ -68,11 +75,11 @@ def nih(path: str, ask: Ask) -> Manifest:
                 split_of |= dict.fromkeys(map(str.strip, lines), split)
 
     def listed():
-        for line, record in records(entries, ask, "Image Index", "Patient ID"):
-            name, patient = record["Image Index"], record["Patient ID"]
+        for line, record in records(entries, ask, "image index", "patient id"):
+            name, patient = record["image index"], record["patient id"]
             if name and patient:
-                said = {"split": split_of.get(name, ""), "label": record.get("Finding Labels", "")}
-                yield name, Row("", patient, record.get("Follow-up #", ""), **said)
+                said = {"split": split_of.get(name, ""), "label": record.get("finding labels", "")}
+                yield name, Row("", patient, record.get("follow-up #", ""), **said)
             else:
                 ask.refuse(f"{entries}: line {line} lacks its Image Index or Patient ID; fill it or remove the line")
 
@@ -92,10 +99,10 @@ def chexpert(path: str, ask: Ask) -> Manifest:
         found = {f"{part}/{name}": f"{part}/{name}" for name in image_files(os.path.join(path, part), ask)}
 
         def listed(entries=entries, part=part, split=split):
-            for _, record in records(entries, ask, "Path", "Frontal/Lateral"):
-                match = re.search(rf"{part}/(patient\d+)/(study\d+)/[^/]+$", record["Path"])
+            for _, record in records(entries, ask, "path", "frontal/lateral"):
+                match = re.search(rf"{part}/(patient\d+)/(study\d+)/[^/]+$", record["path"])
                 if match:
-                    kinds[match[0]] = record["Frontal/Lateral"]
+                    kinds[match[0]] = record["frontal/lateral"]
                     yield match[0], Row("", match[1], match[2], split=split)
                 else:
                     ask.refuse(f"{entries}: a Path is not {part}/patientN/studyN/FILE; correct it")
@@ -111,7 +118,7 @@ def mimic(path: str, ask: Ask) -> Manifest:
     Kinds, where the metadata is there: its ViewPosition (PA, AP, LATERAL, LL, ...), or 'unknown'.
     """
     splits = {r["dicom_id"]: r["split"] for r in _mimic_table(path, ask, "split", "dicom_id", "split")}
-    views = {r["dicom_id"]: r["ViewPosition"] for r in _mimic_table(path, ask, "metadata", "dicom_id", "ViewPosition")}
+    views = {r["dicom_id"]: r["viewposition"] for r in _mimic_table(path, ask, "metadata", "dicom_id", "viewposition")}
     found = []
     for name in image_files(os.path.join(path, "files"), ask):
         match = re.fullmatch(r"(?:p\d+/)?p(\d+)/s(\d+)/([^/]+)\.\w+", name)
@@ -141,8 +148,8 @@ def mrnet(path: str, ask: Ask) -> Manifest:
             if match := re.fullmatch(r"(axial|coronal|sagittal)/(\d+)\.npy", name):
                 row = Row(f"{part}/{name}", match[2], split={"valid": "val"}.get(part, part))
                 found.append((match[1], row))
-    notes = [f"MRNet says no patients, so each exam counts as one: {path}"]
-    return Manifest(path, choose(path, found, ask), notes)
+    note = f"MRNet says no patients, so each exam counts as one: {path}"
+    return Manifest(path, choose(path, found, ask), standing_in=note)
 
 
 def ixi(path: str, ask: Ask) -> Manifest:
@@ -175,15 +182,15 @@ def brats(path: str, ask: Ask) -> Manifest:
             rows.append(Row(files[wanted[0]], patient, study))
         else:
             rows.append(Row(case, patient, study, parts=tuple(files[kind] for kind in wanted)))
-    return Manifest(path, rows, [f"BraTS says no patients, so each case counts as one: {path}"])
+    return Manifest(path, rows, standing_in=f"BraTS says no patients, so each case counts as one: {path}")
 
 
 def decathlon(path: str, ask: Ask) -> Manifest:
     """Medical Segmentation Decathlon: imagesTr/hippocampus_001.nii.gz, imagesTs/..., or those files alone in a folder."""
     whole = any(os.path.isdir(os.path.join(path, f)) for f in ("imagesTr", "imagesTs"))
     pattern = rf"({'images(?:Tr|Ts)/' if whole else ''})((?:{DECATHLON})_\d+){NIFTI}"
-    notes = [f"the Decathlon says no patients, so each case counts as one: {path}"]
-    return Manifest(path, [Row(m[0], m[2]) for m in _named(path, pattern, ask)], notes)
+    note = f"the Decathlon says no patients, so each case counts as one: {path}"
+    return Manifest(path, [Row(m[0], m[2]) for m in _named(path, pattern, ask)], standing_in=note)
 
 
 def bids(path: str, ask: Ask) -> Manifest:
@@ -266,24 +273,38 @@ def told(kinds: Mapping[str, int]) -> str:
 
 
 def headers(root: str, names: Sequence[str], ask: Ask) -> list[list | None]:
-    """What each file's header says, read once and kept in the cache; None where it was refused.
+    """What each file's header says, read once and kept in the cache; None where it was refused, which is not kept.
 
     Of DICOM the fields of `dicom.Header`; of HDF5 [patient_id, acquisition, whether it holds an image].
     """
     full = [os.path.join(root, name) for name in names]
-    state = [2, names, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.lstat, full)]]
+    state = [3, names, [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(_status, full)]]
+    refused = []
 
-    def make():
+    def make(known):
+        found = known or [None] * len(full)
+        unknown = [place for place, said in enumerate(found) if said is None]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             quiet = bool(os.environ.get("FACSIMILE_QUIET"))
-            found = pool.map(_header, full)
-            return list(tqdm(found, "reading headers", len(full), unit="file", delay=2, disable=quiet))
+            read = pool.map(_header, [full[place] for place in unknown])
+            read = tqdm(read, "reading headers", len(unknown), unit="file", delay=2, disable=quiet)
+            for place, said in zip(unknown, read, strict=True):
+                refused.extend([said] if isinstance(said, str) else [])
+                found[place] = None if isinstance(said, str) else said
+        return found
 
     found = remember(ask, root, state, make)
-    for said in found:
-        if isinstance(said, str):
-            ask.refuse(said)
-    return [None if isinstance(said, str) else said for said in found]
+    for problem in refused:
+        ask.refuse(problem)
+    return found
+
+
+def _status(path: str) -> os.stat_result:
+    """Of the file that a link leads to, or of one that leads nowhere."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return os.lstat(path)
 
 
 def _header(path: str) -> list | str:

@@ -40,6 +40,7 @@ class Manifest(NamedTuple):
     notes: list[str] = []  # noqa: RUF012  one line each: what the user should know of; names only after the first ': '
     left_out: list[str] = []  # noqa: RUF012  one line for each file or line that cannot be used
     kinds: dict[str, int] = {}  # noqa: RUF012  of series or files that were taken together unasked: how many of each
+    standing_in: str = ""  # a note: what counts as a patient where the collection says none, unless a pattern does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +62,16 @@ class Ask:
 
 
 def image_files(root: str, ask: Ask, wanted: Callable[[str], bool] | None = None) -> list[str]:
-    """Relative paths, sorted, '/' between folders, of files with an image's suffix, or `wanted(path)`; no hidden ones."""
+    """Relative paths, sorted, '/' between folders, of files with an image's suffix, or `wanted(path)`; see `walk`."""
     if not os.path.isdir(root):
         raise ValueError(f"{root}: is not a folder; correct data.path or data.layout")
     mend = "mend its permissions or move it away"
     refuse = lambda error: ask.refuse(f"{error.filename}: cannot be listed ({error.strerror}); {mend}")
-    found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to where we have been
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found = []
+    for folder, names in walk(root, refuse):
         inside = os.path.relpath(folder, root)
         for name in names:
             path = os.path.join(folder, name)
-            if name.startswith("."):
-                continue
             if not (wanted(path) if wanted else suffix(name) in READERS):
                 if suffix(name) not in BESIDE or (not suffix(name) and dicom.is_dicom(path)):
                     ask.ignored[suffix(name) or "DICOM without a suffix"] += 1
@@ -92,16 +85,34 @@ def image_files(root: str, ask: Ask, wanted: Callable[[str], bool] | None = None
     return found
 
 
+def walk(root: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yields (folder, names of its files) of a tree, in order, also where links lead; nothing hidden, and nothing twice."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=onerror):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, sorted(name for name in names if not name.startswith("."))
+
+
 def records(path: str, ask: Ask, *needed: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line number, record) of a CSV, .csv.gz or TSV whose header has the needed columns."""
+    """Yields (line number, record) of a CSV, .csv.gz or TSV whose header has the needed columns.
+
+    A record's keys are in lower case and without spaces around them, however the header writes them.
+    """
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rt", newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, strict=True, delimiter="\t" if path.endswith(".tsv") else ",")
-            header = reader.fieldnames or []
+            header = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
             if missing := [name for name in needed if name not in header]:
                 has = ", ".join(header) or "nothing"
                 raise ValueError(f"{path}: no column {missing[0]!r}, its header has {has}; add or rename it")
+            if twice := [name for name in (*needed, *Row._fields, "patient_id") if header.count(name) > 1]:
+                raise ValueError(f"{path}: its header has two columns {twice[0]!r}; rename one")
             for record in reader:
                 if None in record or None in record.values():
                     ask.refuse(f"{path}: line {reader.line_num} has not the header's {len(header)} fields; mend it")
@@ -156,7 +167,7 @@ def choose(root: str, found: list[tuple[str, Row]], ask: Ask) -> list[Row]:
 
 def private(folder: str) -> None:
     """Makes a folder that only its owner reads: it holds patients' images and ids. One that is there stays as it is, but
-    for the default one.
+    for the default one; what is put there is readable by its owner alone.
 
     Raises:
       OSError: it cannot be made.
@@ -167,20 +178,25 @@ def private(folder: str) -> None:
         os.chmod(folder, 0o700)
 
 
-def remember(ask: Ask, root: str, state: Any, make: Callable[[], Any]) -> Any:
-    """make(), as JSON, from the cache if `root` is in the same `state` (JSON) as when it was put there."""
+def remember(ask: Ask, root: str, state: Any, make: Callable[[Any], Any]) -> Any:
+    """make(known), JSON, kept in the cache: `known` is what it was when `root` was in the same `state` (JSON), or None."""
     if ask.cache is None:
-        return make()
+        return make(None)
     name = lambda *content: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     stem = f"headers-{name(os.path.realpath(root))}"
     path = pathlib.Path(ask.cache, f"{stem}-{name(state)}.json")
+    known, kept = None, ""
     with contextlib.suppress(OSError, ValueError):  # not there, or not whole
-        return json.loads(path.read_text(encoding="utf-8"))
-    result = make()
+        kept = path.read_text(encoding="utf-8")
+        known = json.loads(kept)
+    result = make(known)
+    if (text := json.dumps(result)) == kept:
+        return result
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time and no more
         private(ask.cache)
         aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
-        aside.write_text(json.dumps(result), encoding="utf-8")
+        aside.touch(mode=0o600)
+        aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
         for old in path.parent.glob(f"{stem}-*.json"):
             if old != path:

@@ -12,6 +12,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from data import duplicates, files, manifest, sets
+from data import splits as partition
 
 SEEN = 64  # files whose own numbers are looked at, and images of each split whose intensities are
 COLUMNS = 8
@@ -29,6 +30,27 @@ def table(splits: Mapping[str, sets.ImageSet], within: Mapping[str, int]) -> lis
     images = sum(len(split.ids) for split in splits.values())
     patients = sum(len(set(split.patients)) for split in splits.values())
     return [*lines, row("together", images, patients, "", sum(within.values()))]
+
+
+def splits(
+    found: manifest.Manifest, part: sets.Partition, settings: Mapping, listing: Path, *, write: bool
+) -> list[str]:
+    """Who says the splits, and of how many patients; each patient's goes into the CSV file `listing`, as `data.splits` takes
+    it, or that is removed where nothing is to be written."""
+    table = dict(zip((row.patient for row in found.rows), part.split_of, strict=True))
+    said = settings["splits"] if settings["splits"] not in (None, "hash") else "the data"
+    if not settings["path"] and said == "the data":
+        said = "the cohort"
+    by = {f"by {said}": len(part.said), "by a hash of their ids": len(table) - len(part.said)}
+    told = ", ".join(f"{how} for {count} patients" for how, count in by.items() if count)
+    cut = settings["fold"] is not None and settings["path"] and said == "the data"
+    line = f"splits     {told}" + f"; 'train' and 'val' cut anew by data.fold={settings['fold']}" * bool(cut)
+    if not write:
+        listing.unlink(missing_ok=True)
+        return [line]
+    rows = [[patient, split or partition.NONE] for patient, split in sorted(table.items())]
+    _write_csv(listing, [["patient_id", "split"], *rows])
+    return [f"{line}. All: {listing}"]
 
 
 def prepared(splits: Mapping[str, sets.ImageSet]) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from data import containers, dicom, layouts, readers
-from data.listing import Ask, Manifest, Row, notes, records
+from data.listing import Ask, Manifest, Row, notes, records, walk
 
 LAYOUTS: dict[str, Callable[[str, Ask], Manifest]] = {
     "folder": layouts.folder,
@@ -46,9 +46,10 @@ def read(
     Args:
       path: a folder of images, a CSV manifest, the root or file of a known layout, or 'tfds:NAME'.
       layout: a key of LAYOUTS, or 'auto' to tell by what is there.
-      patient_pattern: for images whose layout does not say the patient, and for DICOM headers that say a wrong one: a
-        regular expression searched in the relative path (folders parted by '/'); its first group, or the whole match where
-        it has none, is the patient. Where it matches nothing there is no patient: headers are not asked.
+      patient_pattern: for images whose layout does not say the patient or lets something else stand for one, and for
+        DICOM headers that say a wrong one: a regular expression searched in the relative path (folders parted by '/');
+        its first group, or the whole match where it has none, is the patient. Where it matches nothing there is no
+        patient: headers are not asked.
       patients: 'required' refuses images without a patient; 'per_image' takes each for a patient of its own, of which
         every report must then warn. PatientID and patient_id of DICOM and fastMRI files are looked up before that.
       kind: which images, where a collection has several kinds; each layout says what a kind is in it.
@@ -74,8 +75,10 @@ def read(
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions") from None
     rows = manifest.rows
+    standing_in = manifest.standing_in
     if patient_pattern:
-        rows = _match(rows, patient_pattern, replace=layout == "dicom")
+        rows = _match(rows, patient_pattern, replace=bool(layout == "dicom" or standing_in))
+        standing_in = ""
     else:
         rows = _ask_headers(manifest.root, rows, ask)
     rows = _unique(path, rows, ask)
@@ -90,7 +93,8 @@ def read(
         problems.append(problem)
     for place, row in enumerate(rows) if missing else ():
         rows[place] = row if row.patient else row._replace(patient=row.path)
-    return manifest._replace(rows=rows, notes=[*manifest.notes, *notes(path, ask)], left_out=ask.left_out)
+    said = [*manifest.notes, *filter(None, [standing_in]), *notes(path, ask)]
+    return manifest._replace(rows=rows, notes=said, left_out=ask.left_out)
 
 
 def synthetic(path: str) -> Manifest:
@@ -149,6 +153,26 @@ def centres(path: str) -> dict[str, list[tuple[str, float, float, float, str]]]:
     return dict(found)
 
 
+def splits(path: str) -> dict[str, str]:
+    """Patient -> split, of a CSV with the columns patient_id and split; other columns are not read.
+
+    A split is one of `splits.NAMES`, 'test' or 'none'; a patient may have several lines that say the same.
+
+    Raises:
+      ValueError: one line that names the file, its line and the mend.
+    """
+    found = {}
+    for line, record in records(path, Ask(), "patient_id", "split"):
+        patient, split = record["patient_id"].strip(), record["split"].strip()
+        if not patient or not split:
+            raise ValueError(f"{path}: line {line} lacks its patient_id or split, which may be 'none'; fill it")
+        if found.setdefault(patient, split) != split:
+            raise ValueError(
+                f"{path}: line {line} puts {patient} in {split} and an earlier one in {found[patient]}; correct it"
+            )
+    return found
+
+
 def _detect(path: str) -> str:
     """The layout, by what only one of them has; 'folder' or 'dicom' by the first image."""
     if path.startswith("tfds:"):
@@ -161,6 +185,8 @@ def _detect(path: str) -> str:
     names = sorted(os.listdir(path))
     inside = lambda *parts: os.path.exists(os.path.join(path, *parts))
     any_is = lambda pattern: any(re.fullmatch(pattern, name, re.IGNORECASE) for name in names)
+    images = [name for name in names if readers.suffix(name) in readers.READERS and not name.startswith(".")]
+    of_decathlon = re.compile(rf"(?:{layouts.DECATHLON})_\d+{layouts.NIFTI}").fullmatch
     signs = {
         "manifest": inside("manifest.csv"),
         "tfds": inside(containers.INFO) and inside("features.json"),
@@ -169,7 +195,7 @@ def _detect(path: str) -> str:
         "mimic": any_is(r"mimic-cxr-[\d.]+-.*\.csv(\.gz)?") and inside("files"),
         "chexpert": inside("train.csv") and inside("train") and _begins(path, "train", "patient"),
         "mrnet": any(inside(part, plane) for part in ("train", "valid") for plane in ("axial", "coronal", "sagittal")),
-        "decathlon": inside("imagesTr") or any_is(rf"(?:{layouts.DECATHLON})_\d+{layouts.NIFTI}"),
+        "decathlon": inside("imagesTr") or inside("imagesTs") or (bool(images) and all(map(of_decathlon, images))),
         "ixi": any_is(rf"IXI\d+-\w+-\d+-.*{layouts.NIFTI}"),
         "brats": any_is(r"BraTS.*[_-]\d+.*"),
         "fastmri": any_is(r"(single|multi)coil_.*") or any_is(r"file\w*\.h5"),
@@ -187,25 +213,37 @@ def _begins(path: str, part: str, start: str) -> bool:
 
 def _begins_with_dicom(path: str) -> bool:
     """Whether the first file met that we can read is DICOM."""
-    for folder_, _, names in os.walk(path):
-        for name in sorted(names):
-            if not name.startswith("."):
-                kind = readers.suffix(name)
-                if kind in readers.READERS or dicom.is_dicom(os.path.join(folder_, name)):
-                    return kind == ".dcm" or kind not in readers.READERS
+    for folder, names in walk(path):
+        for name in names:
+            kind = readers.suffix(name)
+            if kind in readers.READERS or dicom.is_dicom(os.path.join(folder, name)):
+                return kind == ".dcm" or kind not in readers.READERS
     return False
 
 
-def _match(rows: list[Row], pattern: str, replace: bool) -> list[Row]:
+def searching(pattern: str, key: str) -> Callable[[str], str]:
+    """A function to what a regular expression finds in a text: its first group, or the whole match where it has none; or ''.
+
+    Raises:
+      ValueError: it is none; one line that names the key.
+    """
     try:
         search = re.compile(pattern).search
     except re.error as error:
-        raise ValueError(f"data.patient_pattern {pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(f"{key} {pattern!r} is not a regular expression: {error}") from None
 
+    def found(text: str) -> str:
+        match = search(text)
+        return match[min(1, match.re.groups)] or "" if match else ""
+
+    return found
+
+
+def _match(rows: list[Row], pattern: str, replace: bool) -> list[Row]:
+    search = searching(pattern, "data.patient_pattern")
     for place, row in enumerate(rows):  # where they are: a second list would be as much memory again
         if replace or not row.patient:
-            match = search(row.path)
-            rows[place] = row._replace(patient=sys.intern(match[min(1, match.re.groups)] or "") if match else "")
+            rows[place] = row._replace(patient=sys.intern(search(row.path)))
     return rows
 
 

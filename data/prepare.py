@@ -35,7 +35,7 @@ from data.shards import Report, Shard
 HELPED_TASKS, HELPED_SECONDS, SHARED_SECONDS = 512, 1.5, 5.0
 SHARD_BYTES = 1 << 25
 SHARDS = 64  # at least so many, of eight tasks or more: what a kill can cost, and what the workers share
-FORM = 2  # of what a prepared set says of itself; another one is made afresh
+FORM = 3  # of what a prepared set says of itself; another one is made afresh
 FORGOTTEN_DAYS = 14  # after which a preparation that nobody resumed is deleted
 
 
@@ -46,6 +46,7 @@ class Prepared(NamedTuple):
     counts: list[int]  # images of each task
     skipped: list[str]  # one line for each task whose image could not be made
     resized: int  # how many had another shape than asked for
+    cut: int  # of how many the files show more, see `files.Image`
     spacing: tuple[float, ...] | None  # mm between voxels, median over the images that say it
     unspaced: int  # how many do not
     top: float | None  # by their type the files' numbers run from 0 to that; None: not the same for all, or not known
@@ -77,7 +78,7 @@ def prepare(
       code: the modules of that code; where they change, images are made afresh.
       eight_bit: store 8 bits if all images come from 8 bits (exact for intensity 'type'); else 16.
       several: how many images a task makes, about.
-      on_error: 'raise', or 'skip': leave out what cannot be made, and say so in the result.
+      on_error: 'raise', or 'skip': leave out what cannot be made, and say so in the result; but `files.NotNow` is raised.
       cache: folder; None is FACSIMILE_CACHE or else ~/.cache/facsimile.
       workers: processes; None is one for each core that this process may use.
       beam: options of Apache Beam, which then does the work instead: '--runner=DirectRunner'. Its workers need the raw
@@ -103,7 +104,7 @@ def prepare(
         with _alone(stem) as alone:
             if not os.path.exists(final):  # another process may have made it while we waited
                 partial = f"{stem}.partial" + ("" if alone else f"-{os.uname().nodename}-{os.getpid()}")
-                os.makedirs(partial, exist_ok=True)
+                os.makedirs(partial, 0o700, exist_ok=True)
                 os.utime(partial)  # it is not forgotten
                 shards = functools.partial(
                     _shards, partial, tasks, make, shape, several, on_error == "raise" and not beam
@@ -168,7 +169,7 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
 
     where, too_wide = os.path.dirname(shards[0].path), shards[0].too_wide
     if not os.path.exists(too_wide):
-        os.makedirs(where, exist_ok=True)
+        os.makedirs(where, 0o700, exist_ok=True)  # it stays so where it is put in the end
         for shard in shards:
             lost = os.path.exists(shard.path) and not shard.done()  # without its report
             if lost or (on_error == "raise" and shard.done() and shard.report().skipped):
@@ -188,7 +189,7 @@ def _write(final: str, shape, on_error: str, workers, beam, shards: list[Shard],
         count = len(report.counts)
         none = "" if report.parts else f"none of {count} images could be read; the first: "
         raise ValueError(none + report.skipped[0])
-    content = {name: getattr(report, name) for name in ("parts", "digests", "counts", "skipped", "resized")}
+    content = {name: getattr(report, name) for name in ("parts", "digests", "counts", "skipped", "resized", "cut")}
     content |= {"spacing": None, "unspaced": len(report.parts) - sum(report.spacings.values())}
     only = lambda values: values[0] if len(values) == 1 else None
     content |= {"top": only(report.tops), "affine": only(report.affines)}

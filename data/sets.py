@@ -4,25 +4,23 @@ import functools
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from data import cohort as brains
-from data import containers, dicom, duplicates, files, geometry, layouts, manifest, prepare, readers
+from data import duplicates, files, layouts, manifest, prepare, prepared
 from data import splits as partition
 
 WHOLE = "none"  # data.centres of a config that asks for them, to do without
-LITTLE = 0.2  # of the range of intensities: synthetic images that use less are in other units, most likely
 
 
 class ImageSet(NamedTuple):
     images: Sequence[np.ndarray]  # images[i] is float32 (*size, C) in [-1, 1], read when asked for
     ids: np.ndarray  # (n,) str, unique: relative path, 'scan.nii.gz#z012', or 'sub-0012_scan-1'
-    patients: np.ndarray  # (n,) str; '' for synthetic images
+    patients: np.ndarray  # (n,) str; of synthetic images the draw that each is part of
     # mm between voxels along each axis of size, median over the whole data set
     spacing: tuple[float, ...] | None = None
     window: tuple[float, float] | None = None  # what -1 and 1 are in the files' units, where that is the same for all
@@ -31,6 +29,10 @@ class ImageSet(NamedTuple):
     digests: Sequence[str] = ()  # (n,) of each image's pixels as prepared
     top: float | None = None  # under intensity 'type': what 1 is in the files, where that is the same for all
     affine: list | None = None  # (4, 4): index (d, h, w) -> mm to the left, posterior, superior; where all share it
+    stated: bool = False  # the data, or a file of splits, says who is in 'train', and it is just those; not a hash
+    files: np.ndarray | tuple = ()  # (n,) str, of synthetic images: the file in the folder that each was read from
+    # of synthetic images: why their files hold more than was read of them, so that a release may not copy whole files, or ''
+    unread: str = ""
 
 
 class Trouble(NamedTuple):
@@ -38,6 +40,14 @@ class Trouble(NamedTuple):
 
     problems: list[str]  # what training would refuse, of the whole
     left_out: list[str]  # files and lines that cannot be used
+
+
+class Partition(NamedTuple):
+    """Who is in which split, and who says so."""
+
+    split_of: np.ndarray  # (n,) str, of each row: one of splits.NAMES, or ''
+    said: dict[str, str]  # patient -> split, or '' for none, of those of whom the data or a file says it
+    stated: bool  # that is everyone, and those said to be in 'train' are, and no one else
 
 
 def load(
@@ -52,6 +62,7 @@ def load(
     seed: int = 0,
     fold: int | None = None,
     limit: Mapping[str, int] | None = None,
+    need: Sequence[str] = (),
     splits: str | None = None,
     accept_duplicates: Sequence[str] | None = None,
     cohort: Mapping | None = None,
@@ -68,8 +79,9 @@ def load(
       layout, kind, patients, patient_pattern: see `manifest.read`.
       centres: CSV of the centres of sub-volumes, which are the images then; see `manifest.centres`.
       fractions, seed, fold: see `splits.assign`. The cohort has splits of its own.
-      splits: 'hash' leaves out of account the splits that the data brings.
+      splits: 'hash' leaves out of account the splits that the data brings; see `partition_of`.
       limit: split -> at most so many images of it, whole patients in the order of their hash.
+      need: splits that must not be empty, as those with a share in `fractions` must not, though theirs be 0.
       accept_duplicates: images of different patients that are the same image are an error that lists them, but for those
         named here (see `duplicates.find`) and the cohort's own, which are in the sets' `notes`; None: not looked for.
       cohort: arguments of `cohort.records`, and `height` of `cohort.subject`.
@@ -84,44 +96,44 @@ def load(
       FileNotFoundError, ValueError: one line that names the file or key and the mend; also where a split is empty that
         should not be.
     """
-    if splits not in (None, "hash"):
-        raise ValueError(f"data.splits must be None or 'hash', not {splits!r}")
+    if too_few := [name for name, count in (limit or {}).items() if count is not None and count < 1]:
+        raise ValueError(f"data.limit.{too_few[0]} must be None, or 1 or more, not {limit[too_few[0]]}")
+    found = listed(
+        path,
+        layout=layout,
+        kind=kind,
+        patients=patients,
+        patient_pattern=patient_pattern,
+        centres=centres,
+        cohort=cohort,
+        size=size,
+        trouble=trouble,
+        **reading,
+    )
+    names, of = ([getattr(row, field) for row in found.rows] for field in ("path", "patient"))
+    part = partition_of(found, path=path, splits=splits, fractions=fractions, seed=seed, fold=fold, trouble=trouble)
+    split_of, task_of = part.split_of, np.arange(len(names))
     if path is None:
-        if layout not in ("auto", "cohort"):
-            raise ValueError(f"data.layout is {layout!r}, but there is no data.path to find it at; set data.path")
-        names, of, split_of, task_of, read = _cohort(dict(cohort or {}), size=size, **reading)
-        needed, mend = partition.NAMES, "correct data.cohort.subjects"
+        task_of, read = _cohort(dict(cohort or {}), size=size, **reading)
+        needed, mend = partition.NAMES, lambda name: "correct data.cohort.subjects"
     else:
-        found = listed(
-            path,
-            layout=layout,
-            kind=kind,
-            patients=patients,
-            patient_pattern=patient_pattern,
-            centres=centres,
-            size=size,
-            trouble=trouble,
-            **reading,
-        )
-        if centres and centres != WHOLE:
-            found = _with_centres(found, os.path.expanduser(os.fspath(centres)))
-        names, of, said = ([getattr(row, field) for row in found.rows] for field in ("path", "patient", "split"))
-        said = said if splits is None else ()
-        assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed, fold=fold)
-        split_of = _or(trouble, lambda: assign(said), assign)
-        task_of = np.arange(len(names))
-        needed = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
-        mend = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or the manifest's splits"
         read = lambda: _read_kinds(found, trouble, size=size, **reading)
+        shared = [name for name, share in (fractions or partition.FRACTIONS).items() if share > 0]
+        needed, whose = {*shared, *need}, "the manifest's splits" if splits in (None, "hash") else splits
+        count = f"{path} has {len(set(of))} patients: add some, or correct data.fractions or {whose}"
+        none = lambda name: f"data.fractions.{name}=0: give it a share, say 0.15, or correct {whose}"
+        mend = lambda name: count if name in shared else none(name)
     _refuse_empty(needed, split_of, mend, trouble)  # before the files are read, which may take hours
     done, window = read()
-    notes = (*(found.notes if path else ()), *_skipped(done))
+    notes = (*found.notes, *prepared.skipped(done))
     for note in notes:
         logging.warning("%s", note)
     if trouble:
-        trouble.left_out.extend([*(found.left_out if path else ()), *done.skipped])
-    rows, places = _images_of(np.array(done.counts)[task_of], (np.cumsum(done.counts) - done.counts)[task_of])
+        trouble.left_out.extend([*found.left_out, *done.skipped])
+    rows, places = prepared.images_of(np.array(done.counts)[task_of], (np.cumsum(done.counts) - done.counts)[task_of])
     _refuse_empty(needed, split_of[rows], mend, trouble)
+    of_all = {"spacing": done.spacing, "window": window, "notes": notes, "top": done.top, "affine": done.affine}
+    of_all["stated"] = part.stated and (limit or {}).get("train") is None
     sets = {}
     for split in partition.NAMES:
         chosen = np.flatnonzero(split_of[rows] == split)
@@ -130,8 +142,7 @@ def load(
         ids = np.array([names[rows[i]] + done.parts[places[i]] for i in chosen], dtype=str)
         patients_of = np.array([of[row] for row in rows[chosen]], dtype=str)
         digests = [done.digests[i] for i in places[chosen]]
-        of_all = {"spacing": done.spacing, "window": window, "notes": notes, "top": done.top, "affine": done.affine}
-        sets[split] = ImageSet(_stored(done, places[chosen]), ids, patients_of, digests=digests, **of_all)
+        sets[split] = ImageSet(prepared.stored(done, places[chosen]), ids, patients_of, digests=digests, **of_all)
         logging.info("%s: %d images of %d patients", split, len(chosen), len(set(patients_of)))
     if accept_duplicates is not None:
         copies = planted(path, cohort)
@@ -142,7 +153,7 @@ def load(
 
 
 def listed(
-    path: str | os.PathLike,
+    path: str | os.PathLike | None,
     *,
     size: Sequence[int],
     centres: str | os.PathLike | None = None,
@@ -153,16 +164,21 @@ def listed(
     kind: str | None = None,
     patients: str = "required",
     patient_pattern: str | None = None,
+    cohort: Mapping | None = None,
     trouble: Trouble | None = None,
     **_,
 ) -> manifest.Manifest:
-    """What `load` would read, of its arguments: one row for each file or series. No pixel is read."""
+    """What `load` would read, of its arguments: one row for each file, series or drawing. No pixel is read."""
+    if path is None:
+        if layout not in ("auto", "cohort"):
+            raise ValueError(f"data.layout is {layout!r}, but there is no data.path to find it at; set data.path")
+        return manifest.Manifest("", [manifest.Row(*row[:2], split=row.split) for row in _records(dict(cohort or {}))])
     if centres == "":
         raise ValueError(
             "data.centres is not said: this config cuts sub-volumes; name the CSV of their centres (path,z,y,x), or set "
             f"data.centres={WHOLE} to take the middle of whole volumes"
         )
-    return manifest.read(
+    found = manifest.read(
         path,
         layout=layout,
         patient_pattern=patient_pattern,
@@ -173,6 +189,59 @@ def listed(
         cache=prepare.folder(cache),
         problems=trouble and trouble.problems,
     )
+    return _with_centres(found, os.path.expanduser(os.fspath(centres))) if centres not in (None, WHOLE) else found
+
+
+def partition_of(
+    found: manifest.Manifest,
+    *,
+    path: str | os.PathLike | None,
+    splits: str | None = None,
+    fractions: Mapping[str, float] | None = None,
+    seed: int = 0,
+    fold: int | None = None,
+    trouble: Trouble | None = None,
+    **_,
+) -> Partition:
+    """The split of each row of what `listed` found.
+
+    Args:
+      path: the cohort, None, has splits of its own.
+      splits: None: what the data says of its patients, and a hash for the others; 'hash': a hash for all; or a CSV with
+        the columns patient_id and split (see `manifest.splits`), which is to name every patient of the data. Whom it puts
+        in 'train', as those that a generator has seen, is there; it may name others, who are not in the data.
+      fractions, seed, fold: see `splits.assign`. A file is not cut in folds.
+    Raises:
+      ValueError: one line that names the file or key and the mend.
+    """
+    of, given = ([getattr(row, field) for row in found.rows] for field in ("patient", "split"))
+    by_file = splits not in (None, "hash")
+    if path is None and not by_file:
+        return Partition(np.array(given), dict(zip(of, given, strict=True)), False)
+    fold = None if by_file else fold
+    assign = functools.partial(partition.assign, of, fractions=fractions, seed=seed, fold=fold, whole_train=by_file)
+
+    def stated() -> Partition:
+        what = _looked_up(of, os.path.expanduser(splits)) if by_file else given if splits is None else ()
+        split_of, said = assign(what), partition.said_of(of, what)
+        pairs = zip(of, split_of, strict=True)
+        as_said = all(who in said and (said[who] == "train") == (split == "train") for who, split in pairs)
+        return Partition(split_of, said, as_said)
+
+    return _or(trouble, stated, lambda: Partition(assign(), {}, False))
+
+
+def _looked_up(patients: Sequence[str], path: str) -> list[str]:
+    """The split of each patient that a CSV says."""
+    if not os.path.isfile(path):
+        raise ValueError(f"data.splits must be None or 'hash', or a CSV with patient_id,split: there is no {path}")
+    said = manifest.splits(path)
+    if unnamed := [patient for patient in dict.fromkeys(patients) if patient not in said]:
+        mend = "add them, in the split none if they are to be left out, or correct data.splits"
+        raise ValueError(
+            f"{path}: {len(unnamed)} of {len(set(patients))} patients are not in it ({unnamed[0]}); {mend}"
+        )
+    return [said[patient] for patient in patients]
 
 
 def content(sets: Mapping[str, ImageSet], *names: str) -> str:
@@ -190,59 +259,13 @@ def planted(path: str | os.PathLike | None, cohort: Mapping | None) -> list[str]
     return [] if path else [r.id for r in _records(dict(cohort or {})) if r.duplicate_of]
 
 
-def _images_of(counts: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row, place in the prepared set) of every image, for rows of so many images that start at a place each."""
-    rows = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rows, starts[rows] + within
-
-
-def read_folder(path: str | os.PathLike, size: Sequence[int], **reading) -> ImageSet:
-    """Reads synthetic images, whoever made them, in the order of their names; the rest as in `load`.
-
-    Args:
-      path: a folder, or an .npy or .npz of many images along its first axis.
-    Returns:
-      With notes on what was left out, resampled or assumed.
-    Raises:
-      FileNotFoundError, ValueError: one line; keys of `data` that `audit.reading` has are named as that's.
-    """
-    path = os.path.expanduser(os.fspath(path))
-    found = manifest.synthetic(path)
-    ours = lambda line: re.sub(r"\bdata\.(intensity|fit|spacing|channel|slices)\b", r"audit.reading.\1", line)
-    try:
-        done, window = _read(found, size=size, lenient=True, **reading)
-    except ValueError as error:
-        raise ValueError(ours(str(error))) from None
-    rows, places = _images_of(np.array(done.counts), np.cumsum(done.counts) - done.counts)
-    ids = np.array([found.rows[row].path + done.parts[place] for row, place in zip(rows, places, strict=True)])
-    images, count = _stored(done, places), f"of {len(ids)} synthetic images"
-    notes = [*found.notes, *map(ours, _skipped(done, "synthetic images"))]
-    if done.resized:
-        notes.append(f"{done.resized} {count} had another shape or spacing and were resampled to {tuple(size)}: {path}")
-    if reading.get("spacing") and done.unspaced:
-        notes.append(f"{done.unspaced} {count} do not say their spacing, which is taken for that of the data: {path}")
-    if (used := _range(images)) < LITTLE:
-        mend = "if they are in other units than the data, set audit.reading.intensity"
-        notes.append(f"the synthetic images use {100 * used:.1f} % of the range of intensities; {mend}: {path}")
-    for note in notes:
-        logging.warning("%s", note)
-    return ImageSet(images, ids, np.full(len(ids), ""), done.spacing, window, tuple(notes), done.digests)
-
-
-def _range(images: Sequence[np.ndarray]) -> float:
-    """How much of [-1, 1] lies between the darkest and the brightest pixel of at most 64 images, evenly spread."""
-    chosen = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, min(len(images), 64)).round().astype(int))]
-    return float(max(image.max() for image in chosen) - min(image.min() for image in chosen)) / 2
-
-
 def _read_kinds(found: manifest.Manifest, trouble: Trouble | None, **reading):
     """`_read`; an error names the kinds of series where several are taken together. Who only looks skips bad files."""
     try:
-        return _read(found, **reading)
+        return prepared.read(found, **reading)
     except ValueError as error:
         if trouble and reading.get("on_error", "raise") == "raise":
-            return _read(found, **{**reading, "on_error": "skip"})
+            return prepared.read(found, **{**reading, "on_error": "skip"})
         if not found.kinds:
             raise
         choice = f"there are several kinds of series, of which data.kind chooses: {layouts.told(found.kinds)}"
@@ -251,72 +274,9 @@ def _read_kinds(found: manifest.Manifest, trouble: Trouble | None, **reading):
 
 def subset(one: ImageSet, keep: np.ndarray) -> ImageSet:
     """The images of a set at which `keep`, (n,) bool, is true; they stay on disk."""
-    from data import builder
-
-    images = builder.Stored(one.images.folder, one.images.indices[keep])
     digests = [digest for digest, kept in zip(one.digests, keep, strict=True) if kept]
-    return one._replace(images=images, ids=one.ids[keep], patients=one.patients[keep], digests=digests)
-
-
-def _read(
-    found: manifest.Manifest,
-    *,
-    size: Sequence[int],
-    channels: int = 1,
-    channel: int | None = None,
-    intensity="type",
-    fit: str = "pad",
-    spacing: Sequence[float] | None = None,
-    slices: str | None = None,
-    lenient: bool = False,
-    **preparing,
-) -> tuple[prepare.Prepared, tuple[float, float] | None]:
-    """The rows' images, prepared, and the window of intensities that is the same for all."""
-    if len(size) not in (2, 3) or min(size) < 1 or channels < 1:
-        raise ValueError(
-            f"data.size must be (H, W) or (D, H, W), and data.channels 1 or more, not {size} and {channels}"
-        )
-    if fit not in geometry.FITS:
-        raise ValueError(f"data.fit must be one of {', '.join(geometry.FITS)}, not {fit!r}")
-    if spacing and (len(spacing) != len(size) or not all(0 < mm < float("inf") for mm in spacing) or fit == "stretch"):
-        raise ValueError(f"data.spacing must be mm for each axis of data.size, without fit 'stretch', not {spacing}")
-    centres = any(row.centres for row in found.rows)
-    if slices and (files.parse_slices(slices) and (len(size) == 3 or centres)):
-        raise ValueError("data.slices makes 2D images of volumes: data.size must be (H, W), and data.centres None")
-    if centres and len(size) == 2:
-        raise ValueError("data.centres makes sub-volumes: data.size must be (D, H, W)")
-    intensity = files.parse_intensity(intensity)
-    settings = {"size": tuple(size), "channels": channels, "intensity": intensity, "fit": fit}
-    more = {"channel": channel, "spacing": spacing and tuple(spacing), "slices": slices, "lenient": lenient or None}
-    settings |= {name: value for name, value in more.items() if value is not None}
-    root = found.root
-    stamp = functools.lru_cache(maxsize=1)(_stamp)
-
-    def inputs():
-        yield from (os.path.realpath(root), settings, [readers.version(name) for name in readers.DECODERS])
-        for row in found.rows:
-            parts = [[part, stamp(os.path.join(root, part))] for part in row.parts or (row.path,)]
-            yield [parts, row.item, row.centres]
-
-    done = prepare.prepare(
-        re.sub(r"[^A-Za-z0-9-]", "_", os.path.basename(os.path.realpath(root)))[:40],
-        found.rows,
-        functools.partial(files.read_images, root=root, **settings),
-        shape=(*size, channels),
-        inputs=inputs(),
-        code=[files, readers, dicom, geometry, containers],
-        eight_bit=intensity == ("type",),
-        several=64 if slices else 8 if centres else 1,
-        **preparing,
-    )
-    return done, intensity[1:] if intensity[0] == "window" else None
-
-
-def _skipped(done: prepare.Prepared, what: str = "images") -> list[str]:
-    if not done.skipped:
-        return []
-    count = f"{len(done.skipped)} of {len(done.counts)} {what} could not be read and are left out"
-    return [f"{count}; the first: {done.skipped[0]}"]
+    names = {"ids": one.ids[keep], "patients": one.patients[keep], "files": one.files[keep] if len(one.files) else ()}
+    return one._replace(images=one.images[keep], digests=digests, **names)
 
 
 def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
@@ -332,17 +292,8 @@ def _with_centres(found: manifest.Manifest, path: str) -> manifest.Manifest:
     return found._replace(rows=rows, notes=found.notes + note * (len(rows) < len(found.rows)))
 
 
-def _stamp(path: str) -> list | None:
-    """Changes where a file does, or one of those that hold its numbers."""
-    try:
-        found = [os.stat(name) for name in (path, *readers.detached(path))]
-    except OSError:
-        return None  # reading it will say why
-    return [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
-
-
 def _cohort(cohort: dict, *, size, channels=1, **preparing):
-    """Ids, patients, splits and drawings of the embedded cohort's images, and what prepares the drawings.
+    """The drawing of each of the embedded cohort's images, and what prepares the drawings.
 
     Each (number, scan) is drawn once: planted copies cost nothing more. What is about files only is ignored.
     """
@@ -359,8 +310,7 @@ def _cohort(cohort: dict, *, size, channels=1, **preparing):
     draw = functools.partial(_draw, **drawing)
     named = [(name, *who) for who, name in tasks.items()]
     read = lambda: (prepare.prepare("cohort", named, draw, **settings), None)
-    ids, patients, splits = (list(values) for values in list(zip(*records, strict=True))[:3])
-    return ids, patients, np.array(splits), [place[r.number, r.scan] for r in records], read
+    return [place[r.number, r.scan] for r in records], read
 
 
 def _records(cohort: dict) -> list[brains.Record]:
@@ -373,15 +323,11 @@ def _draw(task: tuple[str, int, int], **drawing) -> list[files.Image]:
     return [files.Image(brains.subject(number, scan=scan, **drawing), eight_bit=False, resized=False)]
 
 
-def _stored(done: prepare.Prepared, places: np.ndarray) -> Sequence[np.ndarray]:
-    from data import builder
-
-    return builder.Stored(done.folder, places)
-
-
-def _refuse_empty(needed: Sequence[str], present: Sequence[str], mend: str, trouble: Trouble | None) -> None:
+def _refuse_empty(
+    needed: Iterable[str], present: Sequence[str], mend: Callable[[str], str], trouble: Trouble | None
+) -> None:
     if missing := sorted(set(needed) - set(present), key=partition.NAMES.index):
-        problem = f"the split {missing[0]!r} has no images; {mend}"
+        problem = f"the split {missing[0]!r} has no images; {mend(missing[0])}"
         if trouble is None:
             raise ValueError(problem)
         if problem not in trouble.problems:

@@ -20,6 +20,7 @@ class Report:
     counts: list[int] = dataclasses.field(default_factory=list)  # images of each task
     skipped: list[str] = dataclasses.field(default_factory=list)  # one line for each task that failed
     resized: int = 0  # images that had another shape
+    cut: int = 0  # images whose files show more than they do
     tops: list[float | None] = dataclasses.field(default_factory=list)  # of their types: those that occur, two at most
     affines: list[list | None] = dataclasses.field(default_factory=list)  # likewise
     spacings: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # mm -> images
@@ -30,6 +31,7 @@ class Report:
         self.counts += other.counts
         self.skipped += other.skipped
         self.resized += other.resized
+        self.cut += other.cut
         self.spacings.update(other.spacings)
         for top in other.tops:
             occurs(self.tops, top)
@@ -75,7 +77,7 @@ class Shard:
         """Yields (id, example), and calls `tick` with each task's id before its images are made.
 
         Raises:
-          ValueError: a task's one line, if `strict`.
+          ValueError: a task's one line, if `strict`, or where the machine failed.
         """
         if self.done():
             yield from ((part, None) for part in self.report().parts)
@@ -100,12 +102,13 @@ class Shard:
                     # of 16 bits even where 8 are stored, so that it does not depend on the other images
                     report.digests.append(hashlib.blake2b(sixteen.tobytes(), digest_size=8).hexdigest())
                     report.resized += image.resized
+                    report.cut += image.cut
                     occurs(report.tops, image.top)
                     occurs(report.affines, image.affine if image.affine is None else image.affine.round(4).tolist())
                     if image.spacing:
                         report.spacings[tuple(float(f"{mm:.5g}") for mm in image.spacing)] += 1
             except ValueError as error:
-                if self.strict:
+                if self.strict or isinstance(error, files.NotNow):
                     raise
                 report.skipped.append(str(error))
             report.counts.append(count)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 NAMES = ("train", "select", "val", "control")
+NONE = "none"  # as a split that is said: in no split
 FOLDS = 5
 FRACTIONS = {"train": 0.6, "select": 0.05, "val": 0.2, "control": 0.15}
 
@@ -23,6 +24,7 @@ def assign(
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
     fold: int | None = None,
+    whole_train: bool = False,
 ) -> np.ndarray:
     """Gives every image the split of its patient.
 
@@ -32,12 +34,14 @@ def assign(
     Args:
       patients: patient id of each image.
       given: for each image a split that the data's owner says, or ''. It wins over the hash, for all of that patient's
-        images. 'test' means 'control'. Where nobody is given 'select', it is carved by hash from those given 'train';
-        likewise 'control' from 'val', or 'val' from 'control'; in the proportions of `fractions`.
+        images. 'test' means 'control', and 'none' no split. Where nobody is given 'select', it is carved by hash from
+        those given 'train'; likewise 'control' from 'val', or 'val' from 'control'; in the proportions of `fractions`.
       fractions: expected share of the patients in each split; what they sum to short of 1 is left in no split.
       seed: another seed is another partition.
       fold: 0 to FOLDS - 1, for cross-validation: those who are in 'train' or 'val' by the above are put in the order of
         another hash and cut in FOLDS, of which this one is 'val' and the others 'train'. Adding patients may move some.
+      whole_train: 'select' is carved from those given 'val' or 'control', too, so that all who are given 'train', as a
+        generator has seen them, stay in it.
     Returns:
       (n,) str, each one of NAMES or ''.
     Raises:
@@ -52,17 +56,24 @@ def assign(
     edges = dict(zip(NAMES, np.cumsum(list(shares.values())), strict=True))
     # Where the shares sum to 1 but for rounding, the last split takes what is left.
     rest = [name for name in NAMES if shares[name] > 0][-1] if sum(shares.values()) > 1 - 1e-9 else ""
-    said = _said(patients, given) if given else {}
-    carved = {}  # split said -> (split carved out of it, its share)
-    for whole, part in (("train", "select"), ("val", "control"), ("control", "val")):
-        if part not in said.values() and shares[part]:
-            carved[whole] = part, shares[part] / (shares[part] + shares[whole])
+    said = said_of(patients, given)
+    present = set(said.values())
+    carved = collections.defaultdict(list)  # split said -> splits carved out of it, one after the other
+    unseen = "val" if "val" in present else "control"
+    for whole, part in ((unseen if whole_train else "train", "select"), ("val", "control"), ("control", "val")):
+        if part not in present and shares[part]:
+            carved[whole].append(part)
     salt = f"facsimile-{seed}"
 
     def split_of(patient: str) -> str:
         if patient in said:
-            part, share = carved.get(said[patient], ("", 0))
-            return part if uniform(patient, f"{salt}-{part}") < share else said[patient]
+            left = [*carved[said[patient]], said[patient]]
+            while len(left) > 1:
+                share = shares[left[0]] / sum(shares[name] for name in left)
+                if uniform(patient, f"{salt}-{left[0]}") < share:
+                    break
+                left.pop(0)
+            return left[0]
         return next((name for name in NAMES if uniform(patient, salt) < edges[name]), rest)
 
     table = {patient: split_of(patient) for patient in dict.fromkeys(patients)}
@@ -84,14 +95,18 @@ def first(patients: Sequence[str], count: int, *, seed: int = 0) -> np.ndarray:
     return np.sort(np.array(order[:count], dtype=np.int64))
 
 
-def _said(patients: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    said = collections.defaultdict(set)
-    for patient, split in zip(patients, given, strict=True):
-        if split and split not in (*NAMES, "test"):
-            raise ValueError(f"patient {patient}: no split {split!r}; a manifest's are {', '.join(NAMES)}, test")
+def said_of(patients: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Patient -> the split given, or '' where that is none, of those who are given one. Raises ValueError as `assign`."""
+    said, known = collections.defaultdict(set), {"test": "control", NONE: "", **{name: name for name in NAMES}}
+    for patient, split in zip(patients, given, strict=True) if given else ():
+        if split and split not in known:
+            raise ValueError(
+                f"patient {patient}: no split {split!r}; a manifest's are {', '.join(NAMES)}, test, {NONE}"
+            )
         if split:
-            said[patient].add("control" if split == "test" else split)
+            said[patient].add(known[split])
     for patient, names in said.items():
         if len(names) > 1:
-            raise ValueError(f"patient {patient} is in the splits {' and '.join(sorted(names))}; correct the manifest")
+            both = " and ".join(name or NONE for name in sorted(names))
+            raise ValueError(f"patient {patient} is in the splits {both}; correct the manifest")
     return {patient: names.pop() for patient, names in said.items()}

@@ -115,6 +115,25 @@ def test_mrnet_is_split_as_in_the_paper():
         splits.assign(exams, fractions=data.fractions.to_dict(), fold=5)
 
 
+def test_mrnet_takes_another_partition(tmp_path):
+    """By one flag, whatever the config says of the hash and of folds."""
+    (tmp_path / "s.csv").write_text(
+        "patient_id,split\n" + "".join(f"{i:04d},{splits.NAMES[i % 4]}\n" for i in range(40))
+    )
+    for part, exams in (("train", range(30)), ("valid", range(30, 40))):
+        (tmp_path / "MRNet" / part / "sagittal").mkdir(parents=True)
+        for i in exams:
+            volume = np.random.default_rng(i).integers(0, 255, (2, 6, 6), dtype=np.uint8)
+            np.save(tmp_path / "MRNet" / part / "sagittal" / f"{i:04d}.npy", volume)
+    settings = mri.get_config("tiny").data.to_dict() | {
+        "path": str(tmp_path / "MRNet"),
+        "cache": str(tmp_path / "cache"),
+    }
+    sets = load(**(settings | {"splits": str(tmp_path / "s.csv"), "size": (2, 6, 6)}))
+    for k, name in enumerate(splits.NAMES):
+        assert sorted(map(int, sets[name].patients)) == list(range(k, 40, 4)) and sets[name].stated
+
+
 def test_sub_volumes_of_ct_need_their_centres(tmp_path):
     """Without them the middle of each patient would be cut out, silently."""
     settings = ct.get_config().data.to_dict() | {"path": str(tmp_path), "cache": str(tmp_path / "cache")}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import data
 from data import manifest, splits
+from tests import make_files
 
 PATIENTS = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=60)
 FRACTIONS = st.tuples(*[st.floats(0, 1)] * 4).filter(lambda f: sum(f) > 0.1)
@@ -68,6 +69,7 @@ def test_what_the_manifest_says_wins_and_select_and_control_are_carved_from_it()
     [
         (dict(given=["train", "val", ""]), "patient a is in the splits train and val"),
         (dict(given=["train", "", "tain"]), "patient b: no split 'tain'"),
+        (dict(given=["train", "none", ""]), "patient a is in the splits none and train"),
         (dict(fractions={"train": 0.9, "val": 0.2}), "at most 1"),
         (dict(fractions={"train": -0.1, "val": 0.2}), "at most 1"),
         (dict(fractions={"training": 0.1}), "shares of train, select, val, control"),
@@ -76,6 +78,20 @@ def test_what_the_manifest_says_wins_and_select_and_control_are_carved_from_it()
 def test_bad_splits_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         splits.assign(["a", "a", "b"], **arguments)
+
+
+@pytest.mark.parametrize("unseen", ["val", "test"])
+def test_whoever_a_generator_has_seen_stays_in_train(unseen):
+    """What is not given is carved out of the unseen, in the proportions of the fractions; 'none' is in no split."""
+    patients = [f"p{i}" for i in range(9000)]
+    given_ = ["train"] * 3000 + [unseen] * 5000 + ["none"] * 1000
+    found = splits.assign(patients, given_, whole_train=True)
+    assert set(found[:3000]) == {"train"} and set(found[8000:]) == {""}
+    for name, share in splits.FRACTIONS.items():
+        if name != "train":
+            assert abs(np.mean(found[3000:8000] == name) - share / 0.4) < 0.03
+    named = splits.assign(patients, ["select" if i % 2 else split for i, split in enumerate(given_)], whole_train=True)
+    assert set(named[0:3000:2]) == {"train"} and set(named[3000:8000:2]) == {"val", "control"}
 
 
 @given(PATIENTS, st.integers(0, 70))
@@ -106,9 +122,29 @@ def test_manifest_csv(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "header, read, told",
+    [
+        ("Path, PATIENT_ID ,Split,age", ("p1", "train"), ""),
+        ("path,patient,split,age", ("p1", "train"), ""),
+        ("path,patient_id,splits,age", ("p1", ""), "splits"),
+        ("path,PatientID,split,age", ("", "train"), "patientid"),
+        ("path,patient_id,split,patient", ("p1", "train"), ""),  # patient_id is the one
+        ("path,patient_id,split,splits", ("p1", "train"), ""),  # so 'splits' is something else
+    ],
+)
+def test_the_columns_of_a_manifest(tmp_path, header, read, told):
+    path = write_csv(tmp_path / "m.csv", header.split(","), ["x.png", "p1", "train", "60"])
+    found = manifest.read(path, patients="per_image")
+    assert found.rows == [manifest.Row("x.png", read[0] or "x.png", split=read[1])]
+    note = f"1 columns that may be patient_id or split misspelt are not read: {told} in {path}"
+    assert found.notes == ([note] if told else [])
+
+
+@pytest.mark.parametrize(
     "content, message",
     [
         (b"", "no column 'path'"),
+        (b"path,patient_id,Split,split\nx.png,1,train,val\n", "its header has two columns 'split'; rename one"),
         (b"file,patient_id\nx.png,1\n", "no column 'path', its header has file, patient_id"),
         (b"path,patient_id\nx.png\n", "line 2 has not the header's 2 fields"),
         (b"path,patient_id\nx.png,1,2\n", "line 2 has not the header's 2 fields"),
@@ -142,6 +178,19 @@ def test_folder_with_a_pattern(tmp_path):
     assert [(r.path, r.patient) for r in found.rows] == [("p1/a.png", "p1"), ("p1/c.nii.gz", "p1"), ("p2/b.PNG", "p2")]
     assert [r.patient for r in manifest.read(tmp_path, patient_pattern=r"p\d").rows] == ["p1", "p1", "p2"]
     assert [r.patient for r in manifest.read(tmp_path, patients="per_image").rows] == [r.path for r in found.rows]
+
+
+def test_the_first_file_decides_where_links_lead(tmp_path):
+    """As it is listed: what is hidden does not count, what a link leads to does, and no link leads round in a circle."""
+    make_files.dicom(tmp_path / "1-001.dcm", make_files.EIGHT)
+    (tmp_path / "x" / ".hidden").mkdir(parents=True)
+    os.symlink(tmp_path / "x", tmp_path / "x" / "again")
+    make_files.picture(tmp_path / "x" / ".hidden" / "a.png", make_files.EIGHT)
+    (tmp_path / "study").mkdir()
+    os.rename(tmp_path / "1-001.dcm", tmp_path / "study" / "1-001.dcm")
+    os.symlink(tmp_path / "study", tmp_path / "x" / "study")
+    (row,) = manifest.read(tmp_path / "x", volumes=True).rows
+    assert row.parts and row.patient == "p1"
 
 
 @pytest.mark.parametrize(

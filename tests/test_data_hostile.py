@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import csv
+import errno
 import gzip
 import os
 import resource
@@ -301,6 +302,32 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(denied(path)))
     with pytest.raises(ValueError, match=r"x: cannot be read \(Permission denied\)"):
         manifest.read(root)
+
+
+@pytest.mark.parametrize(
+    "failure, told",
+    [
+        (OSError(errno.EIO, "x"), r"cannot be read now \(Input/output error\); run the command again"),
+        (OSError(errno.ESTALE, "x"), r"cannot be read now \(Stale file handle\)"),
+        (MemoryError(), r"memory ran out as it was read; lower data\.workers, or remove it"),
+    ],
+)
+def test_a_failing_machine_is_no_unreadable_file(tmp_path, monkeypatch, failure, told):
+    """Under 'skip' it is an error: left out, it would be remembered as damaged once the disk is there again."""
+    root = picture_folder(tmp_path / "x")
+    real = files.readers.READERS[".png"]
+
+    def reader(path, item=""):
+        if path.endswith("p3.png"):
+            raise failure
+        return real(path, item)
+
+    monkeypatch.setitem(files.readers.READERS, ".png", reader)
+    with pytest.raises(ValueError, match=rf"p3\.png: {told}") as error:
+        load(root, on_error="skip")
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert len(load(root, on_error="skip")) == 6
 
 
 def test_symbolic_links_in_circles(tmp_path):

@@ -39,6 +39,32 @@ def test_layouts_where_a_case_stands_for_the_patient_say_so(tmp_path):
         assert "says no patients, so each case counts as one: " in note
 
 
+def test_a_pattern_takes_the_place_of_what_stands_for_the_patient(tmp_path):
+    """And then nothing is said of cases: the user has said who is who."""
+    touch(tmp_path, "b/BraTS20_7_1/BraTS20_7_1_t1.nii.gz", "b/BraTS20_7_2/BraTS20_7_2_t1.nii.gz")
+    touch(
+        tmp_path,
+        "d/imagesTr/la_071.nii.gz",
+        "d/imagesTr/la_072.nii.gz",
+        "m/train/axial/071.npy",
+        "m/valid/axial/072.npy",
+    )
+    for folder in "bdm":
+        assert len({r.patient for r in manifest.read(tmp_path / folder).rows}) == 2
+        found = manifest.read(tmp_path / folder, patient_pattern=r"7(?=_?\d)")
+        assert {r.patient for r in found.rows} == {"7"} and found.notes == []
+        with pytest.raises(ValueError, match="2 of 2 images have no patient id"):
+            manifest.read(tmp_path / folder, patient_pattern="P(.)")
+
+
+def test_one_file_named_so_is_no_decathlon(tmp_path):
+    touch(tmp_path, "lung_1001.nii.gz", "other_1001.nii.gz")
+    assert len(manifest.read(tmp_path, patients="per_image").rows) == 2
+    (tmp_path / "other_1001.nii.gz").unlink()
+    (note,) = manifest.read(tmp_path).notes
+    assert note.startswith("the Decathlon says no patients")
+
+
 def touch(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -362,6 +388,37 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
     assert "secret" not in str(error.value)
     found = manifest.read(root, volumes=True, on_error="skip")
     assert len(found.rows) == 3 and "1 files or lines are left out" in found.notes[-1]
+
+
+def test_a_header_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    """A failure of the network, under 'skip': of what was left out nothing is kept."""
+    (tmp_path / "x").mkdir()
+    for name in ("a", "b", "c"):
+        make_files.dicom(tmp_path / "x" / f"{name}.dcm", make_files.EIGHT, PatientID=name)
+    failing, calls, real = {"b.dcm"}, [], layouts.dicom.header
+
+    def header(path):
+        calls.append(os.path.basename(path))
+        if calls[-1] in failing:
+            raise OSError(5, "Input/output error", path)
+        return real(path)
+
+    monkeypatch.setattr(layouts.dicom, "header", header)
+    again = lambda: (calls.clear(), manifest.read(tmp_path / "x", on_error="skip", cache=tmp_path / "cache"))[1]
+    assert [r.patient for r in again().rows] == ["a", "c"] and sorted(calls) == ["a.dcm", "b.dcm", "c.dcm"]
+    assert len(again().left_out) == 1 and calls == ["b.dcm"]
+    failing.clear()
+    assert [r.patient for r in again().rows] == ["a", "b", "c"] and calls == ["b.dcm"]
+    again()
+    assert calls == []
+
+
+def test_a_header_behind_a_link_is_stale_when_the_file_changes(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.dcm").symlink_to(tmp_path / "a.dcm")
+    for patient in ("before", "after"):
+        make_files.dicom(tmp_path / "a.dcm", make_files.EIGHT, PatientID=patient)
+        assert [r.patient for r in manifest.read(tmp_path / "x", cache=tmp_path / "cache").rows] == [patient]
 
 
 def test_the_patient_of_a_loose_dicom_file_is_in_its_header(tmp_path, real_data):

@@ -57,6 +57,28 @@ def test_counts_of_a_folder(tmp_path):
     assert not (tmp_path / "look.csv").exists()
 
 
+def test_the_splits_it_writes_are_the_splits_it_takes(tmp_path):
+    images = [(f"p{i}.png", picture) for i, picture in enumerate(pictures(40))]
+    where = folder_of(tmp_path, images)
+    first = run(tmp_path, *where, "--config.data.fractions.train=0.1")
+    assert "splits     by a hash of their ids for 40 patients. All: " in first.stdout
+    written = (tmp_path / "look.splits.csv").read_text()
+    split_of = dict(line.split(",") for line in written.splitlines())
+    counts = {name: list(split_of.values()).count(name) for name in ("train", "select", "val", "control", "none")}
+    assert split_of.pop("patient_id") == "split" and len(split_of) == 40 and counts["none"] > 0
+    (tmp_path / "given.csv").write_text(written)
+    again = run(tmp_path, *where, f"--config.data.splits={tmp_path / 'given.csv'}")
+    assert f"splits     by {tmp_path / 'given.csv'} for 40 patients. All: " in again.stdout
+    assert {name: int(column(again.stdout, name)[1]) for name in counts if name != "none"} == {
+        name: count for name, count in counts.items() if name != "none"
+    }
+    assert (tmp_path / "look.splits.csv").read_text() == written
+    (tmp_path / "given.csv").write_text("patient_id,split\np0,train\n")
+    refused = run(tmp_path, *where, f"--config.data.splits={tmp_path / 'given.csv'}")
+    assert refused.returncode == 1 and "PROBLEM    " in refused.stdout and "39 of 40 patients are not" in refused.stdout
+    assert not (tmp_path / "look.splits.csv").exists()
+
+
 def test_leaks_end_with_an_exit_code_and_a_list(tmp_path):
     some = pictures(40)
     images = [(f"p{i}.png", picture) for i, picture in enumerate([*some, *some[:15]])]

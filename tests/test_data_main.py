@@ -62,7 +62,7 @@ def test_what_synthetic_images_are_read_by(tmp_path):
     foreign = config.audit.reading.to_dict()
     got = main.reading_of(config, tmp_path, foreign)
     assert {k: got[k] for k in foreign} == {
-        "intensity": "window:0:9", "fit": "pad", "spacing": (0.4, 0.4), "channel": 1, "slices": "z",
+        "intensity": "window:0:9", "fit": "pad", "spacing": (0.4, 0.4), "channel": 1, "slices": "z", "draw": None,
     }  # fmt: skip
     got = main.reading_of(config, tmp_path, foreign | {"intensity": "minmax", "channel": 0})
     assert (got["intensity"], got["channel"], got["channels"]) == ("minmax", 0, 2)
@@ -89,6 +89,34 @@ def test_samples_that_cannot_be_written_are_refused_before_anything_is_read(tmp_
     with pytest.raises(ValueError, match="'png8' cannot hold 2D images of 2 channels; use nifti or npy"):
         main.train(config, tmp_path)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "mode, foreign, select_on, name",
+    [
+        ("train", False, "select", "select"),
+        ("audit", True, "select", "select"),
+        ("audit", True, "val", "control"),
+        ("train", False, "val", "select"),
+    ],
+)
+def test_a_split_that_is_needed_and_has_no_share_is_refused_before_anything_is_read(
+    tmp_path, mode, foreign, select_on, name
+):
+    """Not in a training loop that finds nothing to choose a checkpoint by."""
+    (tmp_path / "x").mkdir()
+    for i in range(30):
+        (tmp_path / "x" / f"{i}.png").write_bytes(b"no picture")
+    config = config_of(tmp_path, path=str(tmp_path / "x"), patients="per_image")
+    config.data.fractions = {"train": 0.5, "select": 0.0, "val": 0.5, "control": 0.0 if name == "control" else 0.1}
+    if name == "select":
+        config.data.fractions.update(val=0.4)
+    config.detector.select_on = select_on
+    config.audit.synthetic = str(tmp_path / "x") if foreign else None
+    with pytest.raises(
+        ValueError, match=rf"^the split '{name}' has no images; data\.fractions\.{name}=0: give it a share"
+    ):
+        getattr(main, mode)(config, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_workers_give_what_one_process_gives(tmp_path, eager):
     one, two = made(square, tmp_path / "1", workers=1), made(sleepy, tmp_path / "2", workers=2)
     counts = [int(i != 13) for i in range(100)]
     assert one[1:] == two[1:] and len(set(one.digests)) == 99
-    assert one._replace(digests=[])[1:] == ([""] * 99, [], counts, ["thirteen is refused"], 50, None, 99, None, None)
+    assert one._replace(digests=[])[1:] == ([""] * 99, [], counts, ["thirteen is refused"], 50, 0, None, 99, None, None)
     for i, number in enumerate(np.flatnonzero(counts)):
         values = [builder.Stored(p.folder, np.arange(99))[i] for p in (one, two)]
         np.testing.assert_array_equal(*values)

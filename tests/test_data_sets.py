@@ -12,6 +12,7 @@ from absl import logging
 
 import data
 from data import cohort, files, readers
+from tests import make_files
 
 RNG = np.random.default_rng(0)
 STEP = np.repeat(np.array([0, 255], np.uint8), 32).reshape(8, 8)
@@ -146,6 +147,28 @@ def test_cache_folder_from_the_environment(load, tmp_path, monkeypatch):
         load(cache=tmp_path / "file" / "x")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_prepared_is_its_owners_alone(load, folder, tmp_path, workers):
+    """Also in a folder that all may read, as on a scratch disk."""
+    (tmp_path / "scratch").mkdir(mode=0o755)
+    (tmp_path / "scratch").chmod(0o755)
+    make_files.dicom(folder / "p00_9.dcm", RNG.integers(0, 256, (8, 8), dtype=np.uint8))
+    load(cache=tmp_path / "scratch", workers=workers, patient_pattern=None, patients="per_image")
+    kept = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "scratch").iterdir()}
+    assert [mode for name, mode in kept.items() if name.endswith("-raise")] == [0o700]
+    assert [mode for name, mode in kept.items() if name.startswith("headers-")] == [0o600]
+
+
+def test_some_images_of_a_set_are_a_set(load):
+    """By numbers, as for samples that are still missing, and by bools."""
+    images = load(fractions={"train": 1.0})["train"].images
+    for some in (np.array([3, 1, 1], np.int32), np.arange(60) % 7 == 2):
+        chosen = np.arange(60)[some]
+        assert len(images[some]) == len(chosen)
+        np.testing.assert_array_equal(list(images[some]), [images[i] for i in chosen])
+    np.testing.assert_array_equal(next(data.in_order(images[np.array([5])], 1))[0][0], images[5])
+
+
 def test_limit_and_adding_data(load, folder):
     whole, cut = load(), load(limit={"train": 5, "val": None})
     assert len(cut["train"].ids) == len(cut["train"].images) == 5 and set(cut["train"].ids) <= set(whole["train"].ids)
@@ -217,6 +240,11 @@ def test_unreadable_files(load, folder, caplog, monkeypatch):
     [
         (dict(fractions={"train": 1.0}), None),
         (dict(fractions={"train": 0.999, "val": 0.001}), "the split 'val' has no images; .* has 30 patients"),
+        (
+            dict(fractions={"train": 1.0}, need=("train", "val")),
+            r"'val' has no images; data\.fractions\.val=0: give it",
+        ),
+        (dict(limit={"train": 0}), r"data\.limit\.train must be None, or 1 or more, not 0"),
         (dict(on_error="ignore"), "data.on_error"),
         (dict(fit="squeeze"), "data.fit"),
         (dict(size=(8,)), "data.size"),
@@ -248,10 +276,79 @@ def test_splits_of_the_manifest(tmp_path, folder, load):
         load(path=tmp_path / "m.csv", fractions={"train": 1.0})
 
 
+def said(tmp_path, split_of, name="s.csv"):
+    (tmp_path / name).write_text("\n".join(["patient_id,split", *(f"{p},{split}" for p, split in split_of.items())]))
+    return str(tmp_path / name)
+
+
+def test_a_file_of_splits_wins_in_every_layout(tmp_path, folder, load):
+    of = {f"p{i:02}": ("train", "train", "val", "none")[i % 4] for i in range(30)}
+    given = said(tmp_path, of | {"someone else": "train"})
+    rows = [f"images/p{i // 2:02}_{i % 2}.png,p{i // 2:02},control" for i in range(60)]
+    (tmp_path / "m.csv").write_text("\n".join(["path,patient_id,split", *rows]))
+    for path in (folder, tmp_path / "m.csv"):
+        sets = load(path=path, splits=given)
+        assert set(sets["train"].patients) == {p for p, split in of.items() if split == "train"}
+        unseen = {p for name in ("select", "val", "control") for p in sets[name].patients}
+        assert unseen == {p for p, split in of.items() if split == "val"}
+        assert all(s.stated for s in sets.values())
+    subjects = {"train": 4, "select": 1, "val": 2, "control": 1}
+    ids = [r.patient for r in cohort.records(subjects=subjects)]
+    turned = dict(zip(reversed(ids), ["val", "select", "control", *["train"] * 5], strict=True))
+    sets = data.load(
+        size=(8, 8), cohort={"subjects": subjects}, splits=said(tmp_path, turned, "c.csv"), cache=tmp_path / "c"
+    )
+    assert {p: name for name, s in sets.items() for p in s.patients} == turned
+
+
+def test_who_says_the_splits(tmp_path, folder, load):
+    """`stated` only where 'train' is just those of whom it is said, so that no one seen is looked for among the unseen."""
+    four = ("train", "select", "val", "control")
+
+    def stated(split_of, **how):
+        rows = [f"images/p{i // 2:02}_{i % 2}.png,p{i // 2:02},{split_of(i // 2)}" for i in range(60)]
+        (tmp_path / "m.csv").write_text("\n".join(["path,patient_id,split", *rows]))
+        (found,) = {s.stated for s in load(path=tmp_path / "m.csv", **how).values()}
+        return found
+
+    assert not load()["train"].stated
+    assert stated(lambda i: four[i % 4])
+    assert not stated(lambda i: four[i % 4] if i else "")  # the hash has one of them
+    assert not stated(lambda i: ("train", "val", "control")[i % 3])  # 'select' is carved out of 'train'
+    assert not stated(lambda i: four[i % 4], splits="hash")
+    assert not stated(lambda i: four[i % 4], fold=0) and not stated(lambda i: four[i % 4], limit={"train": 3})
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "patient_id,split\np00,train\n",
+            r"29 of 30 patients are not in it \(p01\); add them, in the split none if",
+        ),
+        (
+            "patient_id,split\np00,train\np00,val\n",
+            "line 3 puts p00 in val and an earlier one in train; correct it",
+        ),
+        ("patient_id,split\np00,\n", "line 2 lacks its patient_id or split, which may be 'none'; fill it"),
+        ("patient,split\np00,train\n", "no column 'patient_id'"),
+        (None, r"data\.splits must be None or 'hash', or a CSV with patient_id,split: there is no "),
+    ],
+)
+def test_a_file_of_splits_that_cannot_be_is_one_line(tmp_path, load, content, message):
+    path = tmp_path / "s.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(splits=str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
 def test_synthetic_folder(folder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
     made = data.read_folder(folder, (8, 8), cache=tmp_path / "cache")
-    assert made.ids.tolist() == sorted(os.listdir(folder)) and set(made.patients) == {""} and not caplog.text
+    assert made.ids.tolist() == sorted(os.listdir(folder)) and not caplog.text
+    assert made.patients.tolist() == list(made.files) == made.ids.tolist()
     assert data.read_folder(folder, (6, 6), cache=tmp_path / "cache").images[0].shape == (6, 6, 1)
     assert "60 of 60 synthetic images had another shape or spacing and were resampled to (6, 6)" in caplog.text
 

@@ -115,6 +115,57 @@ def test_volumes_are_cut_and_pictures_are_not(tmp_path, read):
     np.testing.assert_allclose(np.stack(list(cut.images)), scaled(IMAGES), atol=4e-5)
 
 
+def test_sections_of_a_volume_are_one_draw(tmp_path, read):
+    (tmp_path / "made").mkdir()
+    for i in range(2):
+        nifti(tmp_path / "made" / f"v{i}.nii.gz", np.roll(IMAGES, i, 0).astype(np.int16))
+    made = read(tmp_path / "made", slices="z", intensity="window:0:255")
+    assert made.ids[0] == "v0.nii.gz#z000" and made.patients.tolist() == ["v0.nii.gz"] * 7 + ["v1.nii.gz"] * 7
+    assert list(made.files) == made.patients.tolist() and made.unread == ""
+    np.save(tmp_path / "x.npy", np.stack([IMAGES, IMAGES[::-1]]))
+    made = read(tmp_path / "x.npy", slices="z")
+    assert made.patients.tolist() == ["x.npy#000000"] * 7 + ["x.npy#000001"] * 7 and set(made.files) == {"x.npy"}
+    made = read(put(tmp_path / "pictures", IMAGES[:3]))
+    assert made.patients.tolist() == list(made.files) == made.ids.tolist()
+    some = data.subset(made, np.array([True, False, True]))
+    assert list(some.files) == some.ids.tolist() == ["x0.png", "x2.png"] and len(some.digests) == 2
+
+
+def test_a_pattern_finds_the_draw_of_a_file(tmp_path, read):
+    put(put(tmp_path / "made") / "draw1")
+    made = read(tmp_path / "made", draw="^(draw1|x)")
+    assert made.patients.tolist() == ["draw1"] * 7 + ["x"] * 7 and made.files[0] == "draw1/x0.png"
+    assert read(tmp_path / "made", draw=r"x\d").patients.tolist() == [f"x{i}" for i in range(7)] * 2
+    for pattern, told in (
+        ("draw1", r"made: audit\.reading\.draw 'draw1' finds nothing in x0\.png; correct it"),
+        ("(", "is not a"),
+    ):
+        with pytest.raises(ValueError, match=told) as error:
+            read(tmp_path / "made", draw=pattern)
+        assert "\n" not in str(error.value) and "audit.reading.draw" in str(error.value)
+
+
+def test_files_that_hold_more_than_was_read(tmp_path, read):
+    """So that a release does not hand out what nobody looked at: other sections, channels, or what lies beyond the frame."""
+    (tmp_path / "v").mkdir()
+    padded = np.concatenate([np.zeros((1, 12, 16), np.uint8), IMAGES])  # a constant section shows nothing
+    nifti(tmp_path / "v" / "x.nii.gz", padded.astype(np.int16))
+    unread = lambda path, *size, **how: read(path, *size, intensity="window:0:255", **how).unread
+    for slices in ("z", "z:0%:100%", "z:0%:100%:1"):
+        assert unread(tmp_path / "v", slices=slices) == ""
+    for slices in ("z:2:5", "z:0:7", "z:0%:100%:2", "z:10%:100%"):
+        assert unread(tmp_path / "v", slices=slices).startswith(f"audit.reading.slices={slices} takes some sections")
+    assert unread(tmp_path / "v", (8, 12, 16)) == unread(tmp_path / "v", (9, 12, 20), fit="exact") == ""
+    shown = "the files of 1 of 1 synthetic images show more than was read"
+    for size, fit in (((8, 12, 12), "exact"), ((8, 12, 12), "crop"), ((9, 10, 20), "exact")):
+        assert unread(tmp_path / "v", size, fit=fit).startswith(shown)
+    put(tmp_path / "p")
+    assert unread(tmp_path / "p", slices="z:2:5", channel=0) == ""  # pictures of one channel
+    np.save(tmp_path / "c.npy", np.stack([IMAGES, IMAGES[::-1]], -1))
+    assert unread(tmp_path / "c.npy", channels=2) == ""
+    assert unread(tmp_path / "c.npy", channel=1).startswith("the files of 7 of 7")
+
+
 # ---- what is said
 
 

@@ -270,6 +270,24 @@ def test_slices_of_a_patient_stay_together(tmp_path):
     assert len(data.load(**how, fractions=halves, limit={"train": 2})["train"].ids) == 2
 
 
+def test_a_volume_of_which_no_section_is_taken_is_refused(tmp_path):
+    """And counted where that is skipped: it does not vanish."""
+    volume = RNG.integers(1, 1000, (5, 6, 8), dtype=np.int16)
+    (tmp_path / "x").mkdir()
+    nifti(tmp_path / "x" / "p0.nii.gz", np.concatenate([volume] * 3))
+    volume[:2] = -1000
+    nifti(tmp_path / "x" / "p1.nii.gz", volume)
+    how = dict(path=tmp_path / "x", patient_pattern=r"p\d", size=(6, 8), intensity=WINDOW, fractions={"train": 1.0})
+    for slices, told in [
+        ("z:7:12", r"p1\.nii\.gz: data\.slices selects 0 of its 5 sections; correct it, or leave the file out"),
+        ("z:0:2", r"p1\.nii\.gz: data\.slices selects 2 of its 5 sections, all constant; correct it"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            data.load(**how, slices=slices, cache=tmp_path / "cache")
+        found = data.load(**how, slices=slices, on_error="skip", cache=tmp_path / "cache")["train"]
+        assert set(found.patients) == {"p0"} and found.notes[0].startswith("1 of 2 images could not be read")
+
+
 @pytest.mark.parametrize("text", ["w", "z:1", "z:4:2:0", "z:1.5:3", "", "z:a:b"])
 def test_slices_that_cannot_be(text):
     with pytest.raises(ValueError, match=r"^data\.slices .* is not AXIS"):
@@ -298,6 +316,17 @@ def test_sub_volumes_about_centres(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             read(Row(str(tmp_path / name), centres=(("c", *centre),)), size=(4, 4, 4))
+
+
+def test_a_constant_sub_volume_leaves_the_others(tmp_path):
+    volume = RNG.integers(-1000, 1000, (9, 10, 12), dtype=np.int16)
+    volume[:4] = 0
+    np.save(tmp_path / "a.npy", volume)
+    places = [("a", 2, 5, 6, "voxel"), ("b", 6, 5, 6, "voxel"), ("c", 2, 5, 5, "voxel")]
+    images = files.read_images(Row(str(tmp_path / "a.npy"), centres=tuple(places)), size=(4, 4, 4), intensity=WINDOW)
+    assert next(images).part == "#b"
+    with pytest.raises(ValueError, match="the sub-volume a and 1 more is constant; correct its centre"):
+        next(images)
 
 
 def test_centres_from_a_table(tmp_path):
@@ -368,6 +397,32 @@ def test_one_channel_of_several(tmp_path):
     paths = [str(nifti(tmp_path / f"{k}.nii.gz", four[..., k])) for k in (0, 3)]
     both = read(Row("case", parts=tuple(paths)), channels=2)[0].array
     np.testing.assert_allclose(both, four[..., [0, 3]] / 1000, atol=1e-6)
+
+
+@given(st.integers(1, 5), st.sampled_from(["minmax", "percentile:1:99", "type", "header"]))
+@settings(max_examples=10, deadline=None)
+def test_each_sequence_has_its_own_range_of_intensities(tmp_path_factory, factor, intensity):
+    """Channels of several files are these files' images, whatever the units of each; of one file they share a range."""
+    folder, dtype = tmp_path_factory.mktemp("x"), np.uint8 if factor % 2 else np.uint16
+    arrays = [(RNG.integers(0, 40, VOLUME.shape) * k).astype(kind) for k, kind in ((1, np.uint8), (factor, dtype))]
+    paths = [str(folder / f"{k}.nii.gz") for k in range(2)]
+    for path, array in zip(paths, arrays, strict=True):
+        image = nibabel.Nifti1Image(array.T.copy(), np.diag([-1.0, -1, 1, 1]))
+        image.header["cal_max"] = array.max()
+        nibabel.save(image, path)
+    (both,) = read(Row("case", parts=tuple(paths)), channels=2, intensity=intensity)
+    alone = [read(path, intensity=intensity)[0] for path in paths]
+    np.testing.assert_array_equal(both.array, np.concatenate([one.array for one in alone], -1))
+    assert both.eight_bit == all(one.eight_bit for one in alone)
+    assert both.top == (alone[0].top if alone[0].top == alone[1].top else None)
+    with pytest.raises(ValueError, match=r"set data\.channels=3"):  # not one of them in place of a grey picture
+        read(Row("case", parts=(*paths, paths[0])), intensity=intensity)
+    (one,) = read(Row("case", parts=tuple(paths)), channel=1, intensity=intensity)
+    np.testing.assert_array_equal(one.array, alone[1].array)
+    np.save(folder / "joint.npy", np.stack(arrays, -1).astype(np.uint16))
+    (joint,) = read(folder / "joint.npy", channels=2, intensity="minmax")
+    whole = np.stack(arrays, -1).astype(float)
+    np.testing.assert_allclose(joint.array, 2 * (whole - whole.min()) / np.ptp(whole) - 1, atol=1e-6)
 
 
 def test_arrays_in_npz_and_hdf5(tmp_path):

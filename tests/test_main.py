@@ -225,7 +225,7 @@ def test_an_audit_without_a_negative_control_is_refused_at_once(whole, cache, tm
     flags += ["--config.data.fractions.train=0.6", "--config.data.fractions.val=0.3"]
     flags += ["--config.data.fractions.select=0.1", "--config.data.fractions.control=0.0"]
     done = run(tmp_path / "run", "--mode=audit", *flags, cache=cache)
-    assert done.returncode == 1 and "config.data.fractions.control=0: an audit needs" in done.stderr
+    assert done.returncode == 1 and "data.fractions.control=0: give it a share" in done.stderr
     assert not (tmp_path / "run" / "detector").exists(), "nothing was trained for it"
 
 
