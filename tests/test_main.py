@@ -268,3 +268,4 @@ def test_images_without_patients_carry_the_warning(whole, cache, tmp_path):
     assert done.returncode == 0, done.stderr
     audit = json.loads((tmp_path / "run" / "audit" / "audit.json").read_text())
     assert "every image counts as a patient" in audit["caveats"][0]
+    assert not audit["stated"] and any("nobody stated" in reason for reason in audit["reasons"])
