@@ -74,6 +74,7 @@ def watch(
     normalise: Callable[[np.ndarray], np.ndarray],
     images: Sequence,
     in_order: Callable[..., Iterator],
+    batch: int,
     folder: Path,
     average: str | None,
     every: int,
@@ -89,12 +90,11 @@ def watch(
     Args:
       draw: jitted, (unet parameters, sample numbers (B,)) -> (images, their normalised latents).
       latents: posterior means of the training images `images`, before `normalise`.
+      batch: images that pass through the networks at a time.
       average: key of the moving average that is looked at, None: the parameters themselves.
       every: steps between looks.
     """
     known = np.concatenate(sides)
-    devices = mesh.size()
-    batch = -(-min(len(known), 64) // devices) * devices
 
     @jax.jit
     def measure(params: Any, known: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -104,11 +104,13 @@ def watch(
     def look(step: int, state: Any) -> tuple[dict[str, float], bool]:
         params = state.params if average is None else state.ema[average]
         numbers = np.arange(len(known), dtype=np.int32)
-        each = np.concatenate(list(mesh.stream(lambda n: measure(params, known, n), in_order(numbers, batch))))
+        some = in_order(numbers, min(batch, len(known)))
+        each = np.concatenate(list(mesh.stream(lambda n: measure(params, known, n), some)))
         train, held_out = each[: len(sides.train)], each[len(sides.train) :]
         found = gap(train, held_out)
         pictures = np.arange(SAMPLES, dtype=np.int32)
-        (x, z), *_ = mesh.stream(lambda n: draw(params, n), in_order(pictures, -(-SAMPLES // devices) * devices))
+        drawn = mesh.stream(lambda n: draw(params, n), in_order(pictures, min(batch, SAMPLES)))
+        x, z = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         near = nearest(z, latents, normalise)
         if jax.process_index() == 0:
             (folder / "looks").mkdir(exist_ok=True)

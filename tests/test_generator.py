@@ -185,12 +185,15 @@ def test_each_image_is_rendered_with_noise_of_its_own(tmp_path):
     assert abs(same_rows(trip)) < 0.2
 
 
-def test_looks_guard_and_averages_of_volumes_with_two_channels(tmp_path):
+def test_looks_guard_and_averages_of_volumes_with_two_channels(tmp_path, monkeypatch):
+    at_once, plain = [], in_order
+    monkeypatch.setitem(globals(), "in_order", lambda items, batch: at_once.append(batch) or plain(items, batch))
     images = np.tanh(RNG.standard_normal((32, 8, 8, 8, 2))).astype(np.float32)
     net = NET | {"mults": (1,), "attention": (False,)}  # compilation of 3D networks is most of the time
     model = ldm.build("ldm", images.shape[1:], tmp_path, first=FIRST["ldm"], net=net, process=PROCESS)
     train(model, "autoencoder", steps=1, images=images)
     train(model, "diffusion", steps=4, images=images, eval_every=2, ema=(0.1, 0.9), guard="warn")
+    assert max(at_once) == 16, "memory is planned for a stage's own batch"
     folder = tmp_path / "diffusion"
     assert [path.name for path in sorted((folder / "looks").iterdir())] == ["00000002.png", "00000004.png"]
     assert (folder / "last_safe").is_dir(), "nothing is memorized in four steps"
