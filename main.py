@@ -320,8 +320,7 @@ def detector_of(config: ConfigDict) -> dict:
 def form_of(config: ConfigDict, workdir: Path) -> export.Form:
     """How samples are stored: invertible, so that an audit reads back what was sampled, in the training data's units,
     and lying as the training data lies."""
-    path = workdir / "data.json"
-    said = json.loads(path.read_text()) if path.exists() else {}
+    said = checkpoint.read_json(workdir / "data.json") or {}
     form = {"channels": config.data.channels, "intensity": config.data.intensity}
     form |= {name: said.get(name) for name in ("spacing", "top")}
     if said.get("affine"):

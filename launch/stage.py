@@ -53,8 +53,7 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
 
 def made_with(folder: Path) -> dict[str, Any] | None:
     """The (flat) settings that `folder` was made with; None where it is not made yet."""
-    path = folder / "settings.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return checkpoint.read_json(folder / "settings.json")
 
 
 CONTENT = "data.content"  # of the settings: a hash of the images and patients that a stage learned from

@@ -1,6 +1,5 @@
 """The generators as wholes, latent diffusion model, VAE and GAN: what each is made of, its weights, and how it is sampled."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,9 +124,9 @@ def latents_folder(generator: Generator) -> Path:
 def moments(generator: Generator) -> tuple[jax.Array, jax.Array]:
     """(mean, std) of the training set's latents per channel, as `training.encode_set` left them."""
     path = latents_folder(generator) / "moments.json"
-    if not path.exists():
+    both = checkpoint.read_json(path)
+    if both is None:
         raise FileNotFoundError(f"{path}: not there; run --mode=train with this --workdir first")
-    both = json.loads(path.read_text())
     return jnp.asarray(both["mean"], jnp.float32), jnp.asarray(both["std"], jnp.float32)
 
 

@@ -2,7 +2,6 @@
 trained on better than others. That gap opening is the first sign of memorization, before any copy can be seen.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import PIL.Image
 import PIL.ImageDraw
 import scipy
 
-from launch import checkpoint, log, mesh, stage
+from launch import checkpoint, log, mesh
 from ldm import levels
 
 GUARDS = ("warn", "stop", "off")
@@ -132,7 +131,6 @@ def act(folder: Path, step: int, number: int, found: Gap, averages: Any, guard: 
     """Keeps what is safe, tells what is not; whether to stop."""
     before = opened(folder)
     safe = checkpoint.published(folder / "last_safe")
-    stage.barrier("look")  # every process has read before any writes
     if before is None and found.p_value >= allowed(number):
         if safe is None or safe < step:  # a resumed run passes looks again
             checkpoint.publish(folder / "last_safe", step, averages)
@@ -149,14 +147,12 @@ def act(folder: Path, step: int, number: int, found: Gap, averages: Any, guard: 
             f"diffusion: at step {step} unseen images are denoised {100 * found.relative:.0f} % worse than training images "
             f"(p = {found.p_value:.1g}, {allowed(number):.1g} allowed): it memorizes; {kept}"
         )
-        stage.barrier("guard")
     return guard == "stop" and (before is None or step >= before["opened_at"])
 
 
 def opened(folder: Path) -> dict[str, Any] | None:
     """What `guard.json` says of the look at which the gap opened; None while it has not."""
-    path = folder / "guard.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return checkpoint.read_json(folder / "guard.json")
 
 
 def check(guard: str) -> None:

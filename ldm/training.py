@@ -103,7 +103,7 @@ def encode_set(generator: Generator, images: Sequence, *, in_order: Callable, ba
     Both posterior moments are kept, so that training draws a fresh z each time: a stored draw would freeze its noise.
     """
     folder = latents_folder(generator)
-    if folder.exists():
+    if checkpoint.exists(folder):
         return
     params = load_autoencoder(generator)
     aside = folder.with_name(".latents")

@@ -7,6 +7,7 @@ import sys
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from launch import checkpoint, stage
@@ -51,6 +52,29 @@ def test_json_refuses_nan_and_leaves_the_old_file(tmp_path):
         checkpoint.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_what_is_there_is_what_the_first_process_sees(tmp_path, monkeypatch):
+    """A disk of several machines may hide a new file from the others for a while."""
+    ask = lambda: [
+        checkpoint.read_json(tmp_path / "x.json"),
+        checkpoint.exists(tmp_path),
+        checkpoint.published(tmp_path),
+    ]
+    checkpoint.write_json(tmp_path / "x.json", {"a": 1})
+    checkpoint.publish(tmp_path, 7, {"a": jnp.zeros(2)})
+    sent = []
+    monkeypatch.setattr(checkpoint.mesh, "from_first", lambda value: sent.append(value) or value)
+    assert ask() == [{"a": 1}, True, 7]
+
+    def received(value):
+        theirs = sent.pop(0)
+        assert (np.shape(value), np.asarray(value).dtype) == (np.shape(theirs), np.asarray(theirs).dtype)
+        return theirs
+
+    monkeypatch.setattr(checkpoint.mesh, "from_first", received)
+    monkeypatch.setattr(checkpoint.Path, "exists", lambda path: False)
+    assert ask() == [{"a": 1}, True, 7] and not sent
 
 
 def test_runs_with_the_same_settings_share_a_stage(tmp_path):
