@@ -22,14 +22,15 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; only the first process writes."""
+    """Writes a text file whole or not at all; only the first process writes. Aside it is named after the machine too: in
+    containers that share a disk every process may be number 1."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """As `write_text`."""
     if jax.process_index() == 0:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
         aside.write_bytes(data)
         os.replace(aside, path)
 

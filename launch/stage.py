@@ -42,13 +42,13 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
     Raises:
       ValueError: naming the first key that differs, both values, and the mend.
     """
-    path = folder / "settings.json"
     before = made_with(folder)
     check(folder, dict.fromkeys(before or {}) | settings, grow)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     barrier(f"claim {folder.name}")
-    checkpoint.write_json(path, settings)
+    if settings != before:  # many runs of a study claim its one folder
+        checkpoint.write_json(folder / "settings.json", settings)
 
 
 def made_with(folder: Path) -> dict[str, Any] | None:

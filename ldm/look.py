@@ -2,7 +2,7 @@
 trained on better than others. That gap opening is the first sign of memorization, before any copy can be seen.
 """
 
-import os
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,9 +206,9 @@ def picture(path: Path, samples: np.ndarray, training: Sequence[np.ndarray], nea
             )
             sheet.paste(tile, (left + 2, row * cell[0] + 2))
         pen.text((left + 2, 2 * cell[0] + 1), f"{distance:.2f} {ratio:.2f}", "black")
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    sheet.save(aside, format="png")
-    os.replace(aside, path)
+    data = io.BytesIO()
+    sheet.save(data, format="png")
+    checkpoint.write_bytes(path, data.getvalue())
 
 
 def _grey(image: np.ndarray) -> np.ndarray:

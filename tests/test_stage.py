@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +76,22 @@ def test_what_is_there_is_what_the_first_process_sees(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.mesh, "from_first", received)
     monkeypatch.setattr(checkpoint.Path, "exists", lambda path: False)
     assert ask() == [{"a": 1}, True, 7] and not sent
+
+
+def test_pods_that_are_all_process_1_do_not_write_over_each_other(tmp_path, monkeypatch):
+    """Two machines at the same file, each with the same process number; and a folder's settings are written once."""
+    machines = iter([types.SimpleNamespace(nodename="pod-a"), types.SimpleNamespace(nodename="pod-b")])
+    monkeypatch.setattr(checkpoint.os, "uname", lambda: next(machines))
+    monkeypatch.setattr(checkpoint.os, "getpid", lambda: 1)
+    aside = []
+    monkeypatch.setattr(checkpoint.os, "replace", lambda source, target: aside.append(source))
+    for _ in range(2):
+        checkpoint.write_json(tmp_path / "x.json", {"a": 1})
+    assert len(set(aside)) == 2 and all(path.name.startswith(".") for path in aside)
+    monkeypatch.undo()
+    stage.claim(tmp_path / "s", {"a": 1})
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: pytest.fail("it is as it was"))
+    stage.claim(tmp_path / "s", {"a": 1})
 
 
 def test_runs_with_the_same_settings_share_a_stage(tmp_path):
