@@ -64,7 +64,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     content = data.content(sets, *LEARNED)
     generator = build_generator(config, workdir)
     for name in ldm.stages(config.generator):
-        with claim(config, workdir / name, content, *made_of(config, name), grow=GROW.get(name, ())):
+        decay = config.train[name].optimiser.decay_to
+        with claim(config, workdir / name, content, *made_of(config, name), grow=GROW.get((name, decay), ())):
             said = {name: getattr(sets["train"], name) for name in ("spacing", "window", "top", "affine")}
             said |= {"intensity": config.data.intensity, "content": content}
             checkpoint.write_json(workdir / "data.json", said)
@@ -284,7 +285,7 @@ MODELS = {
 }
 PURPOSE = {"autoencoder": 0, "diffusion": 1, "vae": 7, "gan": 8}  # of the seed; the others are detectors and samples
 LEARNED = ("train", "select")  # splits that the generator has seen
-GROW = {"diffusion": ("train.diffusion.steps",)}
+GROW = {("diffusion", 1.0): ("train.diffusion.steps",)}  # by decay_to: a rate that decays does so towards its last step
 
 
 def made_of(config: ConfigDict, last: str) -> list[str]:
@@ -309,8 +310,8 @@ def build_generator(config: ConfigDict, workdir: Path) -> ldm.Generator:
 
 def load(config: ConfigDict, generator: ldm.Generator) -> Any:
     """The weights that `config.sample` asks for."""
-    last = ldm.stages(config.generator)[-1]
-    return ldm.load(generator, ema=config.sample.ema, decays=config.train[last].get("ema", ()))
+    of, ema = config.train[ldm.stages(config.generator)[-1]], config.sample.ema
+    return ldm.load(generator, ema=ema, decays=of.get("ema", ()), steps=of.steps, guard=config.train.guard)
 
 
 def detector_of(config: ConfigDict) -> dict:

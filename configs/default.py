@@ -185,6 +185,7 @@ def get_config(variant: str = "") -> ConfigDict:
     run = {"log_every": 20, "eval_every": 200, "save_every": 500}
     parts = {"accumulate": 1}  # parts of a batch that pass through the model one after the other, to save memory
     train.autoencoder = ConfigDict({"steps": 400, "batch": 16, "optimiser": adam, **parts, **run})
+    # its steps may be raised later, and training goes on; not where its rate decays, which is towards the last of them
     train.diffusion = ConfigDict(
         {"steps": 750, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **parts, **run}
     )
