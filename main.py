@@ -197,18 +197,18 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         seed=config.seed,
         **settings,
     )
-    if config.quality.enabled and not release:
+    if not (config.quality.enabled and release):  # then it is measured already
         compare(synthetic, whole)
     return detection.EXIT[(result["release"] or result)["verdict"]] if exit_code else 0
 
 
-def quality(
-    config: ConfigDict, sets: dict, embed: Callable, synthetic: data.ImageSet, path: Path
-) -> dict[str, Any] | None:
+def quality(config: ConfigDict, sets: dict, embed: Callable, synthetic: data.ImageSet, path: Path) -> dict | None:
     """Compares the synthetic images with unseen real ones in feature spaces; writes `path`. See `ldm.evaluate`."""
     settings = config.quality.to_dict()
     if settings["reference"] not in ("val", "train"):
         raise ValueError(f"config.quality.reference={settings['reference']!r}: use 'val' or 'train'")
+    if not settings["enabled"]:
+        return ldm.not_measured(path, "config.quality.enabled is False")
     spaces = {"detector": embed}
     if settings["imagenet"]:
         spaces[imagenet.NAME] = imagenet.features()

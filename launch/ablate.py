@@ -34,7 +34,7 @@ from launch import findings, live, machine, preempt, stage, studies
 from launch.log import ROOT
 
 TOLD_TO_STOP = 75  # exit code of one chain: an array job is to be queued again
-PRODUCTS = ("audit/audit.json", "quality.json")  # of a run that is done
+PRODUCTS = ("audit/audit.json", "quality.json")  # of a run that is done, the last one last
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

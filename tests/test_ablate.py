@@ -72,6 +72,16 @@ def test_a_study_runs_and_is_not_run_again(tmp_path, capsys):
         ablate.main(["--study=width", "--config=x", f"--workdir={tmp_path}", FAKE])
 
 
+def test_a_study_without_quality_comes_to_its_end(tmp_path, capsys):
+    """Of its measures those of quality are missing, and named so; the others are as ever."""
+    assert ablate.main([*flags("width", tmp_path, "--config.quality.enabled=False"), FAKE]) == 0
+    assert len(rows(tmp_path)) == 9 and {row["kernel"] for row in rows(tmp_path)} == {""}
+    assert "The mean copy rate rises" in capsys.readouterr().out
+    html = (tmp_path / "study.html").read_text()
+    assert html.count("<td>not measured</td>") == 2 * (3 + 9) and "nan" not in html
+    assert {path.name for path in tmp_path.glob("*.png")} == {"factor.png", "plane.png"}
+
+
 def test_one_training_run_is_handed_on(tmp_path):
     assert ablate.main([*flags("steps", tmp_path, "--seeds=2"), FAKE]) == 0
     last = json.loads((tmp_path / "runs" / "04-1600-seed1" / "diffusion" / "steps.json").read_text())
