@@ -65,6 +65,16 @@ def test_accumulated_parts_keep_activations_of_one():
         cost.of(dense(), rows, tx=optax.sgd(1.0), accumulate=4, devices=4)
 
 
+def test_a_batch_is_prepared_whole_before_its_parts():
+    """As by a frozen encoder: through 64 times as many numbers, without a gradient."""
+    wide = 64 * D
+    prepare = lambda x, key: jnp.tanh(x @ jnp.ones((D, wide)))[:, :D]
+    plain, prepared = (cost.of(dense(), rows, tx=optax.sgd(1.0), prepare=how, accumulate=4) for how in (None, prepare))
+    assert prepared.flops == plain.flops + 2 * B * D * wide
+    assert B * wide * F32 <= prepared.activations <= 3 * B * wide * F32
+    assert prepared.batch == plain.batch + B * D * F32
+
+
 @pytest.mark.parametrize(("size", "strides"), [((16, 16), 1), ((16, 16), 2), ((8, 8, 8), 1)])
 def test_a_convolution_by_hand(size, strides):
     rank, c, f = len(size), 4, 6
