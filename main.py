@@ -246,30 +246,30 @@ def dry_run(config: ConfigDict) -> int:
     """Prints what training and sampling cost on the machine that is planned for, for people and then as JSON."""
     here = 1 if jax.default_backend() == "cpu" else jax.device_count()  # a CPU's cores are no accelerators
     layout = {"devices": config.plan.devices or here, **config.mesh.to_dict()}
-    generator, found = build_generator(config, Path()), {}
-    names = ldm.stages(config.generator)
+    generator, found, names = build_generator(config, Path()), {}, ldm.stages(config.generator)
+    named = lambda *sections: stage.key_of(settings_of(config, *sections))
     for name in names:
         settings, augment = config.train[name].to_dict(), augmentation(config.augment[name])
         s = ldm.stage(generator, name, steps=settings["steps"], optimiser=settings["optimiser"], augment=augment)
-        batch, extra = cost.batch(s.item, settings["batch"]), {"ema": tuple(settings.get("ema", ()))}
-        extra["accumulate"] = settings["accumulate"]
-        one = cost.of(s.task, batch, tx=s.tx, prepare=s.prepare, **extra, **layout)
-        found[name] = cost.Stage(one, settings["steps"], stage.key_of(settings_of(config, *made_of(config, name))))
+        extra = {"ema": tuple(settings.get("ema", ())), "accumulate": settings["accumulate"]}
+        one = cost.of(s.task, cost.batch(s.item, settings["batch"]), tx=s.tx, prepare=s.prepare, **extra, **layout)
+        found[name] = cost.Stage(one, settings["steps"], named(*made_of(config, name)))
+    weights, numbered = ldm.weights(generator), lambda batch: jax.ShapeDtypeStruct((batch,), np.int32)
+    if "diffusion" in names and config.train.guard != "off":
+        one = cost.drawing(ldm.one_look(generator), weights, numbered(settings["batch"]), **layout)
+        found["looks"] = cost.Stage(one, -(-settings["steps"] // settings["eval_every"]), named(*made_of(config, name)))
     settings = config.train.detector.to_dict()
     model = detection.build(shape_of(config), Path(), **detector_of(config))
     item = jax.ShapeDtypeStruct(model.image_shape, np.float32)
     task = detection.task(model, augmentation(config.detector.augment), config.detector.both)
     tx = loop.optimiser(steps=settings["steps"], **settings["optimiser"])
     one = cost.of(task, cost.batch(item, settings["batch"]), tx=tx, select=True, **layout)
-    settings_key = stage.key_of(settings_of(config, "detector", "train.detector"))
-    found["detector"] = cost.Stage(one, settings["steps"], settings_key)
+    found["detector"] = cost.Stage(one, settings["steps"], named("detector", "train.detector"))
     how = {name: config.sample[name] for name in ("sampler", "steps", "eta")} | {"key": key(config, 3)}
     draw = lambda weights, numbers: ldm.sampler(generator, weights, **how)(numbers)
-    numbers = jax.ShapeDtypeStruct((config.sample.batch,), np.int32)
-    one = cost.drawing(draw, ldm.weights(generator), numbers, **layout)
-    batches = -(-config.sample.n // config.sample.batch)
-    settings_key = stage.key_of(settings_of(config, *made_of(config, names[-1]), "sample"))
-    found["sampling"] = cost.Stage(one, batches, settings_key)
+    one = cost.drawing(draw, weights, numbered(config.sample.batch), **layout)
+    named_last = named(*made_of(config, names[-1]), "sample")
+    found["sampling"] = cost.Stage(one, -(-config.sample.n // config.sample.batch), named_last)
     print(cost.table(found, config.plan.utilisation))
     print(json.dumps(cost.described(found, config.plan.utilisation)))
     return 0

@@ -141,8 +141,12 @@ def of(
 
 
 def drawing(draw: Callable, weights: Any, batch: Any, *, devices: int = 1, fsdp: int = 1, spatial: int = 1) -> Cost:
-    """The cost of `draw(weights, batch)` without gradients, as in sampling. Weights are shared as in training, and gathered
+    """The cost of `draw(weights, batch)` without gradients, as in sampling, the batch filled up to a multiple of the devices
+    that split it. Weights are shared as in training, and gathered
     at every turn of its longest loop (from above: a compiler may gather them once)."""
+    shares = devices // spatial
+    fill = lambda x: jax.ShapeDtypeStruct((-(-x.shape[0] // shares) * shares, *x.shape[1:]), x.dtype)
+    batch = jax.tree.map(fill, batch)
     rows = _rows(batch, devices, fsdp, spatial)
     with layers.lowered_for("accelerator"):
         everything, traced = (jax.make_jaxpr(draw)(weights, items).jaxpr for items in (batch, rows))

@@ -83,8 +83,8 @@ def watch(
     """The `on_eval` of `loop.fit` for the diffusion stage in `folder`.
 
     At each look it writes `looks/STEP.png`, returns losses, gap and p-value for the metrics, and acts on the gap as
-    `guard` says: 'off' does nothing; 'warn' keeps the averages of the last look at which the gap was within chance, in
-    `last_safe`, and says once when it is not; 'stop' also ends training there.
+    `guard` says: 'warn' keeps the averages of the last look at which the gap was within chance, in `last_safe`, and says once
+    when it is not; 'stop' also ends training there. With 'off' there are no looks, which is for the caller to see to.
 
     Args:
       draw: jitted, (unet parameters, sample numbers (B,)) -> (images, their normalised latents).
@@ -121,8 +121,7 @@ def watch(
             "gap_p_value": found.p_value,
             "d1_d2_copies": float((near.ratio < COPIED).mean()),
         }
-        halt = guard != "off" and act(folder, step, -(-step // every), found, state.ema, guard)
-        return values, halt
+        return values, act(folder, step, -(-step // every), found, state.ema, guard)
 
     return look
 

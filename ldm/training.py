@@ -170,8 +170,8 @@ def train_diffusion(
 ) -> None:
     """Trains the UNet on the latents and publishes its averages.
 
-    At every evaluation it is looked at (`look.watch`), and `guard` may end it: then the last averages before the gap
-    opened are published.
+    At every evaluation it is looked at (`look.watch`) unless `guard` is 'off', and 'stop' may end it: then the last averages
+    before the gap opened are published.
 
     Args:
       patients: of `images` and of `held_out`.
@@ -198,6 +198,7 @@ def train_diffusion(
     encode_whole = lambda: [
         normalise(encode(params, x), mean, std) for x in loop.whole_batches(in_order, held_out, batch)
     ]
+    how = {"in_order": in_order, "batch": batch, "ema": ema, "guard": guard}
     planned = plan.stage(generator, "diffusion", steps=fit["steps"], optimiser=optimiser, augment=None)
     state = loop.fit(
         "diffusion",
@@ -209,9 +210,7 @@ def train_diffusion(
         ema=tuple(ema),
         prepare=prepare,
         held_out=functools.cache(encode_whole),
-        on_eval=watch(
-            generator, images, held_out, patients, params, in_order=in_order, batch=batch, ema=ema, guard=guard, **fit
-        ),
+        on_eval=None if guard == "off" else watch(generator, images, held_out, patients, params, **how, **fit),
         **fit,
     )
     if not publish_safe(generator, guard, ema):

@@ -197,6 +197,7 @@ def test_weights_are_gathered_where_they_are_shared():
 
     whole, parts = (cost.drawing(draw, weights, rows, devices=4, fsdp=fsdp) for fsdp in (1, 4))
     assert (whole.weights, whole.gathered, whole.communication) == (D * D * F32, 0, 0)
+    assert 8 * cost.drawing(draw, weights, rows, devices=3).flops == 9 * whole.flops, "filled up, as when it is run"
     assert parts.weights == whole.weights / 4 and parts.gathered == 3 * parts.weights
     assert parts.communication == 7 * parts.gathered and parts.flops == whole.flops
 
@@ -233,7 +234,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "none").exists()
     found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found) == ["autoencoder", "diffusion", "detector", "sampling"]
+    assert list(found) == ["autoencoder", "diffusion", "looks", "detector", "sampling"]
+    assert found["looks"]["steps"] == 2  # eight steps, and one after every four
     assert all(s["devices"] == 8 and s["flops"] > 0 and s["memory"] > 0 for s in found.values())
     assert found["sampling"]["steps"] == 2  # twelve samples, eight at a time
     assert all(name in done.stdout for name in cost.ACCELERATORS) and "DOES NOT FIT" not in done.stdout

@@ -152,6 +152,7 @@ def test_a_sample_is_a_function_of_its_number(tmp_path, kind):
     model = build(kind, tmp_path, dict(codes=8) if kind == "ldm" else None)
     for name in ldm.stages(kind):
         train(model, name, steps=2)
+    assert not (tmp_path / "diffusion" / "looks").exists(), "with the guard off nothing is looked for"
     weights = ldm.load(model, ema=0.9, decays=(0.9,), steps=2, guard="off")
     how = dict(sampler="ddim", steps=3, eta=0.0)
     draw = ldm.sampler(model, weights, key=jax.random.key(1), **how)
