@@ -64,7 +64,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     content = data.content(sets, *LEARNED)
     generator = build_generator(config, workdir)
     for name in ldm.stages(config.generator):
-        with claim(config, workdir / name, content, *made_of(config, name), grow=GROW.get(name, ())):
+        decay = config.train[name].optimiser.decay_to
+        with claim(config, workdir / name, content, *made_of(config, name), grow=GROW.get((name, decay), ())):
             said = {name: getattr(sets["train"], name) for name in ("spacing", "window", "top", "affine")}
             said |= {"intensity": config.data.intensity, "content": content}
             checkpoint.write_json(workdir / "data.json", said)
@@ -195,18 +196,18 @@ def audit(config: ConfigDict, workdir: Path) -> int:
         seed=config.seed,
         **settings,
     )
-    if config.quality.enabled and not release:
+    if not (config.quality.enabled and release):  # then it is measured already
         compare(synthetic, whole)
     return detection.exit_code(result) if exit_code else 0
 
 
-def quality(
-    config: ConfigDict, sets: dict, embed: Callable, synthetic: data.ImageSet, path: Path
-) -> dict[str, Any] | None:
+def quality(config: ConfigDict, sets: dict, embed: Callable, synthetic: data.ImageSet, path: Path) -> dict | None:
     """Compares the synthetic images with unseen real ones in feature spaces; writes `path`. See `ldm.evaluate`."""
     settings = config.quality.to_dict()
     if settings["reference"] not in ("val", "train"):
         raise ValueError(f"config.quality.reference={settings['reference']!r}: use 'val' or 'train'")
+    if not settings["enabled"]:
+        return ldm.not_measured(path, "config.quality.enabled is False")
     spaces = {"detector": embed}
     if settings["imagenet"]:
         spaces[imagenet.NAME] = imagenet.features()
@@ -244,30 +245,30 @@ def dry_run(config: ConfigDict) -> int:
     """Prints what training and sampling cost on the machine that is planned for, for people and then as JSON."""
     here = 1 if jax.default_backend() == "cpu" else jax.device_count()  # a CPU's cores are no accelerators
     layout = {"devices": config.plan.devices or here, **config.mesh.to_dict()}
-    generator, found = build_generator(config, Path()), {}
-    names = ldm.stages(config.generator)
+    generator, found, names = build_generator(config, Path()), {}, ldm.stages(config.generator)
+    named = lambda *sections: stage.key_of(settings_of(config, *sections))
     for name in names:
         settings, augment = config.train[name].to_dict(), augmentation(config.augment[name])
         s = ldm.stage(generator, name, steps=settings["steps"], optimiser=settings["optimiser"], augment=augment)
-        batch, extra = cost.batch(s.item, settings["batch"]), {"ema": tuple(settings.get("ema", ()))}
-        extra["accumulate"] = settings["accumulate"]
-        one = cost.of(s.task, batch, tx=s.tx, prepare=s.prepare, **extra, **layout)
-        found[name] = cost.Stage(one, settings["steps"], stage.key_of(settings_of(config, *made_of(config, name))))
+        extra = {"ema": tuple(settings.get("ema", ())), "accumulate": settings["accumulate"]}
+        one = cost.of(s.task, cost.batch(s.item, settings["batch"]), tx=s.tx, prepare=s.prepare, **extra, **layout)
+        found[name] = cost.Stage(one, settings["steps"], named(*made_of(config, name)))
+    weights, numbered = ldm.weights(generator), lambda batch: jax.ShapeDtypeStruct((batch,), np.int32)
+    if "diffusion" in names and config.train.guard != "off":
+        one = cost.drawing(ldm.one_look(generator), weights, numbered(settings["batch"]), **layout)
+        found["looks"] = cost.Stage(one, -(-settings["steps"] // settings["eval_every"]), named(*made_of(config, name)))
     settings = config.train.detector.to_dict()
     model = detection.build(shape_of(config), Path(), **detector_of(config))
     item = jax.ShapeDtypeStruct(model.image_shape, np.float32)
     task = detection.task(model, augmentation(config.detector.augment), config.detector.both)
     tx = loop.optimiser(steps=settings["steps"], **settings["optimiser"])
     one = cost.of(task, cost.batch(item, settings["batch"]), tx=tx, select=True, **layout)
-    settings_key = stage.key_of(settings_of(config, "detector", "train.detector"))
-    found["detector"] = cost.Stage(one, settings["steps"], settings_key)
+    found["detector"] = cost.Stage(one, settings["steps"], named("detector", "train.detector"))
     how = {name: config.sample[name] for name in ("sampler", "steps", "eta")} | {"key": key(config, 3)}
     draw = lambda weights, numbers: ldm.sampler(generator, weights, **how)(numbers)
-    numbers = jax.ShapeDtypeStruct((config.sample.batch,), np.int32)
-    one = cost.drawing(draw, ldm.weights(generator), numbers, **layout)
-    batches = -(-config.sample.n // config.sample.batch)
-    settings_key = stage.key_of(settings_of(config, *made_of(config, names[-1]), "sample"))
-    found["sampling"] = cost.Stage(one, batches, settings_key)
+    one = cost.drawing(draw, weights, numbered(config.sample.batch), **layout)
+    named_last = named(*made_of(config, names[-1]), "sample")
+    found["sampling"] = cost.Stage(one, -(-config.sample.n // config.sample.batch), named_last)
     print(cost.table(found, config.plan.utilisation))
     print(json.dumps(cost.described(found, config.plan.utilisation)))
     return 0
@@ -283,7 +284,7 @@ MODELS = {
 }
 PURPOSE = {"autoencoder": 0, "diffusion": 1, "vae": 7, "gan": 8}  # of the seed; the others are detectors and samples
 LEARNED = ("train", "select")  # splits that the generator has seen
-GROW = {"diffusion": ("train.diffusion.steps",)}
+GROW = {("diffusion", 1.0): ("train.diffusion.steps",)}  # by decay_to: a rate that decays does so towards its last step
 
 
 def made_of(config: ConfigDict, last: str) -> list[str]:
@@ -308,8 +309,8 @@ def build_generator(config: ConfigDict, workdir: Path) -> ldm.Generator:
 
 def load(config: ConfigDict, generator: ldm.Generator) -> Any:
     """The weights that `config.sample` asks for."""
-    last = ldm.stages(config.generator)[-1]
-    return ldm.load(generator, ema=config.sample.ema, decays=config.train[last].get("ema", ()))
+    of, ema = config.train[ldm.stages(config.generator)[-1]], config.sample.ema
+    return ldm.load(generator, ema=ema, decays=of.get("ema", ()), steps=of.steps, guard=config.train.guard)
 
 
 def detector_of(config: ConfigDict) -> dict:
@@ -319,8 +320,7 @@ def detector_of(config: ConfigDict) -> dict:
 def form_of(config: ConfigDict, workdir: Path) -> export.Form:
     """How samples are stored: invertible, so that an audit reads back what was sampled, in the training data's units,
     and lying as the training data lies."""
-    path = workdir / "data.json"
-    said = json.loads(path.read_text()) if path.exists() else {}
+    said = checkpoint.read_json(workdir / "data.json") or {}
     form = {"channels": config.data.channels, "intensity": config.data.intensity}
     form |= {name: said.get(name) for name in ("spacing", "top")}
     if said.get("affine"):

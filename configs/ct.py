@@ -14,7 +14,7 @@ Settings are for a few hundred sub-volumes of coronary CT angiography on a grid 
 `data.spacing` and `data.intensity`, and the steps for other numbers. The paper's set is private, its exact spacing and
 window are not published.
 
-Hardware: one accelerator of 8 GB: by `--config.dry_run=True --config.plan.devices=1` no stage takes more than 5.8 GB. It
+Hardware: one accelerator of 8 GB: by `--config.dry_run=True --config.plan.devices=1` no stage takes more than 6.1 GB. It
 was not run here: no other cost and no result is claimed.
 
 `:paper` has the published settings of the copy detector (Dar et al. and the authors' code): strided convolutions to 4x4x4,

@@ -191,6 +191,7 @@ def get_config(variant: str = "") -> ConfigDict:
     run = {"log_every": 20, "eval_every": 200, "save_every": 500}
     parts = {"accumulate": 1}  # parts of a batch that pass through the model one after the other, to save memory
     train.autoencoder = ConfigDict({"steps": 400, "batch": 16, "optimiser": adam, **parts, **run})
+    # its steps may be raised later, and training goes on; not where its rate decays, which is towards the last of them
     train.diffusion = ConfigDict(
         {"steps": 750, "batch": 32, "optimiser": {**adam, "decay_to": 1.0}, "ema": (0.999,), **parts, **run}
     )
@@ -202,7 +203,8 @@ def get_config(variant: str = "") -> ConfigDict:
     )
 
     # what to do when the diffusion stage denoises unseen images worse than training images, beyond chance: 'warn' says so
-    # and keeps the last averages before it in diffusion/last_safe; 'stop' also ends there and samples those; 'off'
+    # and keeps the last averages before it in diffusion/last_safe; 'stop' also ends there and samples those; 'off': it is not
+    # looked for, and diffusion/looks has no pictures, which saves what the dry run calls looks
     train.guard = "warn"
 
     # ---- sampling and audit
@@ -347,15 +349,15 @@ def monai_kl(weight: float, size: tuple[int, ...]) -> float:
 
 def monai_volumes(config: ConfigDict, *, images: int) -> None:
     """A generator of volumes after MONAI's 3D latent diffusion tutorial (Project-MONAI/GenerativeModels, 3d_ldm_tutorial),
-    without its perceptual and adversarial losses: 100 epochs of the autoencoder, 150 of the diffusion model, all of its
-    1000 steps when sampling. Its KL weight is 1e-6 on volumes of 96x96x64."""
+    without its perceptual and adversarial losses: 100 epochs of the autoencoder, 150 of the diffusion model, looked at every
+    tenth, all of its 1000 steps when sampling. Its KL weight is 1e-6 on volumes of 96x96x64."""
     kl_weight = monai_kl(1e-6, (96, 96, 64))  # 1.18
     config.autoencoder.update(widths=(32, 64, 64), strides=(2, 2), patch=1, latent=3, kl_weight=kl_weight)
     config.unet.update(width=32, mults=(1, 2, 2), attention=(False, True, True), heads=1)
     config.diffusion.update(schedule="scaled_linear", beta=(0.0015, 0.0195), predict="eps")
     config.train.autoencoder.update(steps=100 * images // 4, batch=4, eval_every=images // 4)
     config.train.autoencoder.optimiser.rate = 1e-4
-    config.train.diffusion.update(steps=150 * images // 8, batch=8, eval_every=images // 8)
+    config.train.diffusion.update(steps=150 * images // 8, batch=8, eval_every=10 * (images // 8))
     config.train.diffusion.optimiser.rate = 1e-4
     config.train.detector.batch = 32
     config.sample.update(n=images, batch=8, sampler="ddpm", steps=1000)

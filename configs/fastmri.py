@@ -8,7 +8,7 @@ patient stay together. NYU's training volumes train; its validation volumes are 
 acquisitions: `--config.data.kind=CORPDFS_FBK`, or `AXT2` and the like in the brain set. Dar et al. (arXiv 2402.01054) used
 fastMRI; which part, and at what size, is not published.
 
-Hardware: one accelerator of 8 GB: by `--config.dry_run=True --config.plan.devices=1` no stage takes more than 6.5 GB (39
+Hardware: one accelerator of 8 GB: by `--config.dry_run=True --config.plan.devices=1` no stage takes more than 7.1 GB (40
 GB without 16 bits and recomputation). It was not run here: no other cost and no result is claimed. `:tiny`, for a
 laptop, has the default's models of 64x64 images, which take minutes on two cores; it was not run on fastMRI either.
 """

@@ -11,8 +11,8 @@ MRNet names no patients, so each exam counts as one, of which every report warns
 exams are of 1,088 patients, so a few patients may be in two splits.
 
 Hardware: one accelerator of 24 GB; 6 GB of disk for prepared volumes and latents. By `--config.dry_run=True
---config.plan.devices=1` the autoencoder takes 7.2 GB in all (46 GB without the settings of memory below), the diffusion
-model 2.4, the detector 7.1, sampling 6.5. It was not run here: no other cost and no result is claimed.
+--config.plan.devices=1` the autoencoder takes 7.8 GB in all (49 GB without the settings of memory below), the diffusion
+model 2.7, the detector 7.1, looks and sampling 8.7. It was not run here: no other cost and no result is claimed.
 
 `:paper` has the published settings of the copy detector (Dar et al. and the authors' code): strided convolutions to 4x4x4,
 batches of 10, 200 epochs, one view turned by up to 5 degrees and flipped. Their generators' settings are not published;

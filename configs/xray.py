@@ -13,7 +13,7 @@ XLA's count of the uncompiled step.
 `:paper` holds the published settings of the copy detector (Dar et al., arXiv 2402.01054, and the authors' code) at
 512x512: 10,000 training and 200 validation images, ResNet-50 from scratch (theirs starts from ImageNet weights), whose
 checkpoint is chosen on validation as they did. It needs two accelerators of 80 GB or more: by `--config.dry_run=True
---config.plan.devices=1` the generator's stages take 20 GB at most, the detector on its batches of 64 takes 94 GB, which
+--config.plan.devices=1` the generator's stages take 23 GB at most, the detector on its batches of 64 takes 95 GB, which
 devices share. It was not run here. The generator of their X-ray experiment is not published; the one here follows MONAI's
 2D latent diffusion tutorial, whose KL weight is 1e-6 on images of 64x64.
 """

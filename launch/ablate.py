@@ -34,7 +34,7 @@ from launch import findings, live, machine, preempt, stage, studies
 from launch.log import ROOT
 
 TOLD_TO_STOP = 75  # exit code of one chain: an array job is to be queued again
-PRODUCTS = ("audit/audit.json", "quality.json")  # of a run that is done
+PRODUCTS = ("audit/audit.json", "quality.json")  # of a run that is done, the last one last
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -124,17 +124,19 @@ class Work:
             levels = {run.level.name: run for run in runs}
             stages = dict(zip(levels, pool.map(self.cost, levels.values()), strict=True))
         total = collections.Counter[str]()
-        seen: set[tuple[int, str]] = set()
+        seen: set[tuple[int, str, str]] = set()
         for run in runs:
             if run.after:
                 print(shlex.join(["cp", "-RL", *map(str, self.handover(run))]))
             print(shlex.join(self.command(run)))
             mine = collections.Counter[str]()
             for name, found in stages[run.level.name].items():
-                if (run.seed, found["key"]) in seen:
+                if (run.seed, name, found["key"]) in seen:
                     continue  # trained by another run
-                seen.add((run.seed, found["key"]))
-                before = stages[run.level.after][name]["steps"] if run.level.after and name == "diffusion" else 0
+                seen.add((run.seed, name, found["key"]))
+                before = (
+                    stages[run.level.after][name]["steps"] if run.level.after and name in ("diffusion", "looks") else 0
+                )
                 share = 1 - before / found["steps"]
                 mine.update({"FLOP": share * found["steps"] * found["flops"]})
                 mine.update({kind: share * seconds for kind, seconds in found["seconds"].items()})

@@ -22,14 +22,15 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; only the first process writes."""
+    """Writes a text file whole or not at all; only the first process writes. Aside it is named after the machine too: in
+    containers that share a disk every process may be number 1."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """As `write_text`."""
     if jax.process_index() == 0:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = path.with_name(f".{os.uname().nodename}-{os.getpid()}.{path.name}")
         aside.write_bytes(data)
         os.replace(aside, path)
 
@@ -37,6 +38,21 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON with sorted layout kept as given and NaN refused (ValueError)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """What process 0 reads, on every process; None where it finds no file. (Where a disk is shared over a network, others
+    may not see a file for a minute after it is written.)"""
+    text = path.read_bytes() if jax.process_index() == 0 and path.exists() else b""
+    size = int(mesh.from_first(np.int32(len(text))))
+    if not size:
+        return None
+    return json.loads(mesh.from_first(np.frombuffer(text.ljust(size), np.uint8)).tobytes())
+
+
+def exists(path: Path) -> bool:
+    """Whether process 0 sees it; told to every process."""
+    return bool(mesh.from_first(np.bool_(path.exists())))
 
 
 def manager(folder: Path, keep: int = 2) -> ocp.CheckpointManager:
@@ -85,11 +101,13 @@ def publish(folder: Path, step: int, weights: Any) -> None:
 
 
 def published(folder: Path) -> int | None:
-    """The step of a stage's published weights, None if it has none."""
-    if not (folder / "weights").is_dir():
+    """The step of a stage's published weights, as process 0 sees them; None if it has none."""
+    if not exists(folder / "weights"):
         return None
     with manager(folder / "weights") as weights_manager:
-        return weights_manager.latest_step()
+        step = weights_manager.latest_step()
+    step = int(mesh.from_first(np.int32(-1 if step is None else step)))
+    return None if step < 0 else step
 
 
 def load(folder: Path, abstract: Any) -> Any:

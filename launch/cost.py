@@ -98,46 +98,55 @@ def of(
 
     Args:
       batch: tree of `jax.ShapeDtypeStruct`, the global batch, before `prepare`.
+      prepare: is done with the whole batch before the first of its parts.
       accumulate: parts that pass through the model one after the other: activations are those of one, gradients are
         there a second time while they are added, and each part's are summed over the devices.
       devices, fsdp, spatial: of the mesh that is planned for, as in `mesh.make`.
     Raises:
       ValueError: where the mesh does not fit the devices, or the batch the mesh.
     """
-    rows, part = (_rows(batch, devices, fsdp, spatial, parts) for parts in (1, accumulate))
+    rows = _rows(batch, devices, fsdp, spatial)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: loop.create(key, task=task, tx=tx, ema=ema, select=select), key)
-
-    def forward(params: Any, batch: Any, key: jax.Array) -> Any:
-        return task.loss(params, prepare(batch, key) if prepare else batch, key)
-
+    before = jax.make_jaxpr(prepare or (lambda batch, key: batch), return_shape=True)
     with layers.lowered_for("accelerator"):
-        step = jax.value_and_grad(forward, has_aux=True)
-        everything = jax.make_jaxpr(step)(state.params, batch, key).jaxpr
+        step = jax.value_and_grad(task.loss, has_aux=True)
+        (preparing_all, all_ready), (preparing, ready) = before(batch, key), before(rows, key)
+        part = _rows(all_ready, devices, fsdp, spatial, accumulate)
+        everything = preparing_all.jaxpr, jax.make_jaxpr(step)(state.params, all_ready, key).jaxpr
         traced = jax.make_jaxpr(step)(state.params, part, key).jaxpr
-        once = jax.make_jaxpr(forward)(state.params, rows, key).jaxpr
+        once = jax.make_jaxpr(task.loss)(state.params, ready, key).jaxpr
     held = lambda tree: _held(tree, fsdp)
     grads = len(jax.tree.leaves(state.params))
+    busiest = max(
+        peak(preparing.jaxpr, _variables(preparing.jaxpr.outvars)), peak(traced, _variables(traced.outvars[-grads:]))
+    )
+    bytes_of = lambda tree: sum(map(_bytes, jax.tree.leaves(tree)))
     return Cost(
         devices,
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params)),
-        flops(everything),
-        flops(everything, sixteen=True),
+        sum(map(flops, everything)),
+        sum(flops(program, sixteen=True) for program in everything),
         held(state.params),
         _held(state.params, 1) - held(state.params),
         held(state.params) * (1 + (accumulate > 1)),
         held(state.opt_state),
         held(state.ema) + held(state.best),
-        peak(traced, _variables(traced.outvars[-grads:])) // spatial,
-        3 * sum(_bytes(leaf) for leaf in jax.tree.leaves(rows)) // spatial,  # one in use, one ready, one coming
+        busiest // spatial,
+        # one in use, one ready, one coming; and one as it is prepared
+        (3 * bytes_of(rows) + (bytes_of(ready) if prepare else 0)) // spatial,
         accumulate * round(sum(reduction(leaf, devices, fsdp) for leaf in jax.tree.leaves(state.params)))
-        + (2 * borders(once) if spatial > 1 else 0),
+        + (borders(preparing.jaxpr) + 2 * borders(once) if spatial > 1 else 0),
     )
 
 
 def drawing(draw: Callable, weights: Any, batch: Any, *, devices: int = 1, fsdp: int = 1, spatial: int = 1) -> Cost:
-    """The cost of `draw(weights, batch)` without gradients, as in sampling. Weights are shared as in training, and gathered
+    """The cost of `draw(weights, batch)` without gradients, as in sampling, the batch filled up to a multiple of the devices
+    that split it. Weights are shared as in training, and gathered
     at every turn of its longest loop (from above: a compiler may gather them once)."""
+    shares = devices // spatial
+    fill = lambda x: jax.ShapeDtypeStruct((-(-x.shape[0] // shares) * shares, *x.shape[1:]), x.dtype)
+    batch = jax.tree.map(fill, batch)
     rows = _rows(batch, devices, fsdp, spatial)
     with layers.lowered_for("accelerator"):
         everything, traced = (jax.make_jaxpr(draw)(weights, items).jaxpr for items in (batch, rows))

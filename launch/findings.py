@@ -81,13 +81,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         columns = [key for key in rows[0] if key != "group"]
         out = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
         out.writeheader()
-        out.writerows(rows)
+        out.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 
 def summary(study: studies.Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each level that has runs: name, x, number of runs, each measure's [mean, low, high] over the seeds, and `least`:
-    the smallest copy rate that even the weakest of its audits would have found, None where one could find none."""
+    """For each level that has runs: name, x, number of runs, each measure's [mean, low, high] over the seeds at which it was
+    measured, NaN if at none, and `least`: the smallest copy rate that even the weakest of its audits would have found, None
+    where one could find none."""
     levels = []
     for level in study.levels:
         mine = [row for row in rows if row["level"] == level.name]
@@ -96,8 +97,10 @@ def summary(study: studies.Study, rows: Sequence[Mapping[str, Any]]) -> list[dic
         found: dict[str, Any] = {"level": level.name, "x": level.x, "group": level.n or 0, "runs": len(mine)}
         found["least"] = None if any(row["least"] is None for row in mine) else max(row["least"] for row in mine)
         for key, measure in measures.of(study).items():
-            value, low, high = (np.array([row[key + end] for row in mine]) for end in ("", "_low", "_high"))
-            found[key] = ranks.mean_interval(value, *reach(value, low, high), *measure.bounds)
+            has = [row for row in mine if not np.isnan(row[key])]
+            value, low, high = (np.array([row[key + end] for row in has]) for end in ("", "_low", "_high"))
+            around = reach(value, low, high)
+            found[key] = ranks.mean_interval(value, *around, *measure.bounds) if has else [np.nan] * 3
         levels.append(found)
     return levels
 
@@ -112,7 +115,8 @@ def blocks(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     places = sorted({row["x"] for row in rows})
     by_block: dict[tuple, dict[float, float]] = {}
     for row in rows:
-        by_block.setdefault((row["seed"], row["group"]), {})[row["x"]] = row[key]
+        if not np.isnan(row[key]):
+            by_block.setdefault((row["seed"], row["group"]), {})[row["x"]] = row[key]
     return np.array([[found[x] for x in places] for found in by_block.values() if len(found) == len(places)])
 
 
@@ -248,6 +252,8 @@ def seen_from(least: float | None) -> str:
 
 def shown(value: Sequence[float], percent: bool) -> str:
     """[mean, low, high] for people."""
+    if np.isnan(value[0]):
+        return "not measured"
     if percent:
         return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * v for v in value))
     return "{:.3f} [{:.3f}, {:.3f}]".format(*value)

@@ -241,7 +241,7 @@ def fit(
             donate_argnums=0,
             out_shardings=(shardings, mesh.replicated()),
         )
-        stream = map(mesh.put, batches(start))
+        stream = shared(name, batches(start))
         first = next(stream)
         prepared = mesh.placed_rows(jax.eval_shape(prepare or (lambda batch, _: batch), first, prepare_key))
         stream = itertools.chain(iter([first]), stream)
@@ -310,6 +310,16 @@ def fit(
             log.say(f"{name}: told to stop; saved at step {done}. The same command goes on from there.")
             preempt.stop()
         return state
+
+
+def shared(name: str, batches: Iterable[Any]) -> Iterator[Any]:
+    """This process's rows of each batch as global arrays. Raises ValueError where the devices do not divide a batch."""
+    for batch in batches:
+        rows = len(jax.tree.leaves(batch)[0]) * jax.process_count()
+        if rows % mesh.shares():
+            devices = f"the {mesh.shares()} devices that split a batch"
+            raise ValueError(f"config.train.{name}.batch={rows} must be a multiple of {devices}")
+        yield mesh.put(batch)
 
 
 def mean_over_rows(found: Sequence[tuple[Any, Any]]) -> Any:

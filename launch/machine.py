@@ -157,9 +157,43 @@ def connect(by: str | None) -> None:
         if missing:
             raise ValueError(f"FACSIMILE_PROCESSES is set, but not {' and '.join(missing)}: set all three, or none")
         count, index = (int(os.environ[name]) for name in ("FACSIMILE_PROCESSES", "FACSIMILE_PROCESS"))
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+        own = local_devices(os.environ, by)
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index, local_device_ids=own)
     elif by:
-        jax.distributed.initialize()
+        jax.distributed.initialize(local_device_ids=local_devices(os.environ, by))
+
+
+def local_devices(env: Mapping[str, str], by: str) -> list[int] | None:
+    """Which of the GPUs that this process sees it takes, as `jax.distributed.initialize` is told: [] is all of them.
+
+    None leaves it to JAX, which gives each task of SLURM or Open MPI one, by the task's number on its node: right where a
+    node has a task for each of its GPUs and all see all of them, but the only task of a node would leave the others idle.
+
+    Raises:
+      ValueError: where several tasks of a node see GPUs, neither one for each task nor its own alone.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in env or by not in ("facsimile", "slurm", "mpi"):
+        return None
+    tasks = 1 if by == "facsimile" else tasks_here(env, by)
+    seen = len([gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu])
+    bound = int(env.get("SLURM_GPUS_PER_TASK", "1").rpartition(":")[2])  # a number, or TYPE:NUMBER
+    if tasks == 1 or seen == bound:
+        return []
+    if seen not in (0, tasks) and env.get("JAX_PLATFORMS") != "cpu":
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']} in each of {tasks} tasks on a node: start one task a "
+            "node, or one for each GPU (launch/slurm.sh)"
+        )
+    return None
+
+
+def tasks_here(env: Mapping[str, str], by: str) -> int:
+    """How many processes of this run SLURM ('2(x3),1': two on each of three nodes, one on a fourth) or Open MPI has started
+    on this machine."""
+    if by == "mpi":
+        return int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    nodes = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])
+    return [int(tasks) for tasks, times in nodes for _ in range(int(times or 1))][int(env["SLURM_NODEID"])]
 
 
 def _has_tpu() -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,8 @@ PLANTED_FROM = 400_000  # number of the first copy that the embedded cohort plan
 
 
 class Measure(NamedTuple):
-    """A number of a run with its 95 % interval, (value, low, high) = of(audit.json, quality.json, folder of the run).
+    """A number of a run with its 95 % interval, (value, low, high) = of(audit.json, quality.json, folder of the run); NaN
+    where it was not measured.
 
     `noun` is what a sentence calls it; `percent`: it is shown in per cent; `bounds`: ends of its scale.
     """
@@ -45,6 +47,8 @@ def _rate(section: str, name: str) -> Callable[[dict, dict, Path], tuple[float, 
 
 def _quality(name: str) -> Callable[[dict, dict, Path], tuple[float, float, float]]:
     def of(audit: dict, quality: dict, folder: Path) -> tuple[float, float, float]:
+        if "spaces" not in quality:
+            return math.nan, math.nan, math.nan
         found = quality["spaces"]["detector"]["synthetic"][name]
         return found["value"], *found["ci"]
 

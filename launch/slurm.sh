@@ -8,7 +8,9 @@
 # (NFS 4; Lustre mounted with flock). A task that is preempted, or told to stop two minutes before its time is over, saves
 # and is queued again. Given again, the command goes on: what is done is skipped. PYTHON names the interpreter.
 #
-# One run on several nodes needs no script: sbatch --nodes=4 --ntasks-per-node=1 --wrap='srun python main.py ...'
+# One run on several nodes needs no script: sbatch --nodes=4 --ntasks-per-node=1 --gres=gpu:8 --wrap='srun python main.py ...'
+# has one task a node, which takes all GPUs of the node. A task for each GPU will do too, whether it sees that one alone, as
+# with --gpus-per-task=1, or all of its node's.
 set -euo pipefail
 python=${PYTHON:-python}
 

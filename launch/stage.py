@@ -42,19 +42,18 @@ def claim(folder: Path, settings: dict[str, Any], grow: tuple[str, ...] = ()) ->
     Raises:
       ValueError: naming the first key that differs, both values, and the mend.
     """
-    path = folder / "settings.json"
     before = made_with(folder)
     check(folder, dict.fromkeys(before or {}) | settings, grow)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     barrier(f"claim {folder.name}")
-    checkpoint.write_json(path, settings)
+    if settings != before:  # many runs of a study claim its one folder
+        checkpoint.write_json(folder / "settings.json", settings)
 
 
 def made_with(folder: Path) -> dict[str, Any] | None:
     """The (flat) settings that `folder` was made with; None where it is not made yet."""
-    path = folder / "settings.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return checkpoint.read_json(folder / "settings.json")
 
 
 CONTENT = "data.content"  # of the settings: a hash of the images and patients that a stage learned from

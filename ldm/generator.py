@@ -1,6 +1,5 @@
 """The generators as wholes, latent diffusion model, VAE and GAN: what each is made of, its weights, and how it is sampled."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import checkpoint
-from ldm import autoencoder, controls, diffusion, gan, levels, reconstruction, samplers, unet
+from ldm import autoencoder, controls, diffusion, gan, levels, look, reconstruction, samplers, unet
 
 # stages of training, in order; each is a folder of the workdir, the last one what is sampled from
 STAGES = {"ldm": ("autoencoder", "diffusion"), "vae": ("vae",), "gan": ("gan",)}
@@ -125,9 +124,9 @@ def latents_folder(generator: Generator) -> Path:
 def moments(generator: Generator) -> tuple[jax.Array, jax.Array]:
     """(mean, std) of the training set's latents per channel, as `training.encode_set` left them."""
     path = latents_folder(generator) / "moments.json"
-    if not path.exists():
+    both = checkpoint.read_json(path)
+    if both is None:
         raise FileNotFoundError(f"{path}: not there; run --mode=train with this --workdir first")
-    both = json.loads(path.read_text())
     return jnp.asarray(both["mean"], jnp.float32), jnp.asarray(both["std"], jnp.float32)
 
 
@@ -138,20 +137,30 @@ def averages(generator: Generator, decays: tuple[float, ...], folder: Path) -> d
     return checkpoint.load(folder, {str(decay): one for decay in decays})
 
 
-def load(generator: Generator, *, ema: float, decays: tuple[float, ...]) -> Any:
+def load(generator: Generator, *, ema: float, decays: tuple[float, ...], steps: int, guard: str) -> Any:
     """Weights to sample with: the average of decay `ema`, one of `decays`, which the last stage keeps. A VAE keeps none
     and takes no notice of them.
 
+    Args:
+      steps: of the last stage, in all; `guard`: as in `look`.
     Raises:
-      ValueError: if that average was not kept.
+      ValueError: if that average was not kept, or the weights are of another number of steps and no guard stopped there:
+        training for more has not come to its end, say.
     """
     final = stages(generator.kind)[-1]
+    folder = generator.workdir / final
+    made, opened = checkpoint.published(folder), look.opened(folder) if guard == "stop" else None
+    if made not in (None, steps, opened and opened["last_safe"]):
+        raise ValueError(
+            f"{folder} holds weights of step {made}, not of config.train.{final}.steps={steps}: run --mode=train to its "
+            "end, or give the steps and config.train.guard of the weights"
+        )
     if final == "vae":
         channels = generator.autoencoder.latent_shape[-1]
         return Weights(load_autoencoder(generator), None, jnp.zeros(channels), jnp.ones(channels))
     if ema not in decays:
         raise ValueError(f"config.sample.ema={ema}: training keeps config.train.{final}.ema={tuple(decays)}")
-    average = averages(generator, decays, generator.workdir / final)[str(ema)]
+    average = averages(generator, decays, folder)[str(ema)]
     if generator.gan is not None:
         return average
     return Weights(load_autoencoder(generator), average, *moments(generator))

@@ -2,8 +2,7 @@
 trained on better than others. That gap opening is the first sign of memorization, before any copy can be seen.
 """
 
-import json
-import os
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import PIL.Image
 import PIL.ImageDraw
 import scipy
 
-from launch import checkpoint, log, mesh, stage
+from launch import checkpoint, log, mesh
 from ldm import levels
 
 GUARDS = ("warn", "stop", "off")
@@ -74,6 +73,7 @@ def watch(
     normalise: Callable[[np.ndarray], np.ndarray],
     images: Sequence,
     in_order: Callable[..., Iterator],
+    batch: int,
     folder: Path,
     average: str | None,
     every: int,
@@ -83,18 +83,17 @@ def watch(
     """The `on_eval` of `loop.fit` for the diffusion stage in `folder`.
 
     At each look it writes `looks/STEP.png`, returns losses, gap and p-value for the metrics, and acts on the gap as
-    `guard` says: 'off' does nothing; 'warn' keeps the averages of the last look at which the gap was within chance, in
-    `last_safe`, and says once when it is not; 'stop' also ends training there.
+    `guard` says: 'warn' keeps the averages of the last look at which the gap was within chance, in `last_safe`, and says once
+    when it is not; 'stop' also ends training there. With 'off' there are no looks, which is for the caller to see to.
 
     Args:
       draw: jitted, (unet parameters, sample numbers (B,)) -> (images, their normalised latents).
       latents: posterior means of the training images `images`, before `normalise`.
+      batch: images that pass through the networks at a time.
       average: key of the moving average that is looked at, None: the parameters themselves.
       every: steps between looks.
     """
     known = np.concatenate(sides)
-    devices = mesh.size()
-    batch = -(-min(len(known), 64) // devices) * devices
 
     @jax.jit
     def measure(params: Any, known: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -104,11 +103,13 @@ def watch(
     def look(step: int, state: Any) -> tuple[dict[str, float], bool]:
         params = state.params if average is None else state.ema[average]
         numbers = np.arange(len(known), dtype=np.int32)
-        each = np.concatenate(list(mesh.stream(lambda n: measure(params, known, n), in_order(numbers, batch))))
+        some = in_order(numbers, min(batch, len(known)))
+        each = np.concatenate(list(mesh.stream(lambda n: measure(params, known, n), some)))
         train, held_out = each[: len(sides.train)], each[len(sides.train) :]
         found = gap(train, held_out)
         pictures = np.arange(SAMPLES, dtype=np.int32)
-        (x, z), *_ = mesh.stream(lambda n: draw(params, n), in_order(pictures, -(-SAMPLES // devices) * devices))
+        drawn = mesh.stream(lambda n: draw(params, n), in_order(pictures, min(batch, SAMPLES)))
+        x, z = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         near = nearest(z, latents, normalise)
         if jax.process_index() == 0:
             (folder / "looks").mkdir(exist_ok=True)
@@ -120,8 +121,7 @@ def watch(
             "gap_p_value": found.p_value,
             "d1_d2_copies": float((near.ratio < COPIED).mean()),
         }
-        halt = guard != "off" and act(folder, step, -(-step // every), found, state.ema, guard)
-        return values, halt
+        return values, act(folder, step, -(-step // every), found, state.ema, guard)
 
     return look
 
@@ -130,7 +130,6 @@ def act(folder: Path, step: int, number: int, found: Gap, averages: Any, guard: 
     """Keeps what is safe, tells what is not; whether to stop."""
     before = opened(folder)
     safe = checkpoint.published(folder / "last_safe")
-    stage.barrier("look")  # every process has read before any writes
     if before is None and found.p_value >= allowed(number):
         if safe is None or safe < step:  # a resumed run passes looks again
             checkpoint.publish(folder / "last_safe", step, averages)
@@ -147,14 +146,12 @@ def act(folder: Path, step: int, number: int, found: Gap, averages: Any, guard: 
             f"diffusion: at step {step} unseen images are denoised {100 * found.relative:.0f} % worse than training images "
             f"(p = {found.p_value:.1g}, {allowed(number):.1g} allowed): it memorizes; {kept}"
         )
-        stage.barrier("guard")
     return guard == "stop" and (before is None or step >= before["opened_at"])
 
 
 def opened(folder: Path) -> dict[str, Any] | None:
     """What `guard.json` says of the look at which the gap opened; None while it has not."""
-    path = folder / "guard.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return checkpoint.read_json(folder / "guard.json")
 
 
 def check(guard: str) -> None:
@@ -208,9 +205,9 @@ def picture(path: Path, samples: np.ndarray, training: Sequence[np.ndarray], nea
             )
             sheet.paste(tile, (left + 2, row * cell[0] + 2))
         pen.text((left + 2, 2 * cell[0] + 1), f"{distance:.2f} {ratio:.2f}", "black")
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    sheet.save(aside, format="png")
-    os.replace(aside, path)
+    data = io.BytesIO()
+    sheet.save(data, format="png")
+    checkpoint.write_bytes(path, data.getvalue())
 
 
 def _grey(image: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from launch import loop
-from ldm import autoencoder, diffusion, gan, reconstruction
+from ldm import autoencoder, diffusion, gan, levels, look, reconstruction, samplers
 from ldm.generator import Generator, Weights
 
 
@@ -41,6 +41,25 @@ def stage(generator: Generator, name: str, *, steps: int, optimiser: dict, augme
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     known = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return Stage(task, tx, image, lambda x, key: tuple(model.encode(known, augment(key, x))))
+
+
+def one_look(generator: Generator) -> Callable[[Weights, jax.Array], Any]:
+    """What `look.watch` computes at one look, with as many patients as it may have: `(weights, numbers (B,))`, B images at a
+    time. For its cost, as that of sampling; the values mean nothing."""
+    denoiser, shape = generator.denoiser, generator.autoencoder.latent_shape
+
+    def compute(weights: Weights, numbers: jax.Array) -> Any:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(numbers)
+        z, few = jnp.zeros((len(numbers), *shape)), keys[: look.SAMPLES]
+        measure = lambda _: levels.losses(denoiser, weights.unet, z, keys, look.LEVELS, draws=1)
+        sample = lambda _: samplers.sample(denoiser, weights.unet, few, shape, sampler="ddim", steps=look.STEPS)
+        draw = lambda turn: generator.autoencoder.decode(weights.autoencoder, sample(turn))
+        turns = lambda images, at_once: jnp.arange(-(-images // at_once))
+        return jax.lax.map(measure, turns(2 * look.PATIENTS, len(keys))), jax.lax.map(
+            draw, turns(look.SAMPLES, len(few))
+        )
+
+    return compute
 
 
 def weights(generator: Generator) -> Any:

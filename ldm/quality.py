@@ -38,16 +38,13 @@ def evaluate(
       neighbours: k of precision, recall, density and coverage.
       pairs: about how many pairs of each set MS-SSIM is averaged over.
     Returns:
-      What is in the file; None, told in one line, where a set has too few patients to measure anything.
+      What is in the file; None, as `not_measured`, where a set has too few patients to measure anything.
     """
     sets = {"reference": reference, **candidates}
     for name, one in sets.items():
         count = len(np.unique(units(one)))
         if count < distances.FEWEST:
-            log.say(
-                f"quality: not measured, as the set {name!r} has {count} patients and {distances.FEWEST} are needed"
-            )
-            return None
+            return not_measured(path, f"the set {name!r} has {count} patients and {distances.FEWEST} are needed")
     result: dict[str, Any] = {
         "interval": f"95 %, {distances.GROUPS} groups of patients left out in turn",
         "neighbours": neighbours,
@@ -67,6 +64,12 @@ def evaluate(
     checkpoint.write_json(path, result)
     log.say(table(result, path))
     return result
+
+
+def not_measured(path: Path, reason: str) -> None:
+    """Writes {`reason`} as `path`, so that an audit without these figures is told from one that was stopped before them."""
+    checkpoint.write_json(path, {"reason": reason})
+    log.say(f"quality: not measured: {reason}")
 
 
 def before_and_after(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, name: str) -> dict[str, Any]:

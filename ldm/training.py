@@ -1,5 +1,6 @@
 """Training of the generators, stage by stage, each on the one loop. A stage that is done is skipped."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ import numpy as np
 from launch import checkpoint, log, loop, mesh, stage
 from ldm import autoencoder, look, plan, reconstruction, samplers
 from ldm.generator import Generator, averages, coder_folder, latents_folder, load_autoencoder, moments
-
-ENCODE_BATCH = 64
 
 
 def on_images(
@@ -91,20 +90,20 @@ def train_autoencoder(
                 **fit,
             )
         params = {name: part for name, part in state.params.items() if name != "discriminator"}
-        reconstruction.report(model, params, in_order(held_out, ENCODE_BATCH), folder)
+        reconstruction.report(model, params, in_order(held_out, min(batch, len(held_out))), folder)
         checkpoint.publish(folder, steps, params)
     if generator.kind == "ldm":
-        encode_set(generator, images, in_order=in_order)
+        encode_set(generator, images, in_order=in_order, batch=batch)
 
 
-def encode_set(generator: Generator, images: Sequence, *, in_order: Callable) -> None:
-    """Encodes the training set once, into `autoencoder/latents`: `mu.npy`, `logvar.npy` (n, *s, c), and `moments.json`
+def encode_set(generator: Generator, images: Sequence, *, in_order: Callable, batch: int) -> None:
+    """Encodes the training set once, `batch` images at a time, into `autoencoder/latents`: `mu.npy`, `logvar.npy` (n, *s, c), and `moments.json`
     with the mean and standard deviation of z per channel (the posterior's own variance included).
 
     Both posterior moments are kept, so that training draws a fresh z each time: a stored draw would freeze its noise.
     """
     folder = latents_folder(generator)
-    if folder.exists():
+    if checkpoint.exists(folder):
         return
     params = load_autoencoder(generator)
     aside = folder.with_name(".latents")
@@ -121,7 +120,7 @@ def encode_set(generator: Generator, images: Sequence, *, in_order: Callable) ->
     axes = tuple(range(len(shape) - 1))
     at, total, squares = 0, 0.0, 0.0
     with log.progress("latents", len(images), unit="image") as bar:
-        for q in mesh.stream(lambda x: encode(params, x), in_order(images, ENCODE_BATCH)):
+        for q in mesh.stream(lambda x: encode(params, x), in_order(images, min(batch, len(images)))):
             n = len(q.mu)
             for file, values in zip(files, q, strict=True):
                 if lead:
@@ -171,8 +170,8 @@ def train_diffusion(
 ) -> None:
     """Trains the UNet on the latents and publishes its averages.
 
-    At every evaluation it is looked at (`look.watch`), and `guard` may end it: then the last averages before the gap
-    opened are published.
+    At every evaluation it is looked at (`look.watch`) unless `guard` is 'off', and 'stop' may end it: then the last averages
+    before the gap opened are published.
 
     Args:
       patients: of `images` and of `held_out`.
@@ -196,7 +195,10 @@ def train_diffusion(
     else:
         moved = jax.jit(augment)
         source, prepare = images, lambda x, key: normalise(encode(params, moved(key, x)), mean, std)
-    encoded = [normalise(encode(params, x), mean, std) for x in loop.whole_batches(in_order, held_out, batch)]
+    encode_whole = lambda: [
+        normalise(encode(params, x), mean, std) for x in loop.whole_batches(in_order, held_out, batch)
+    ]
+    how = {"in_order": in_order, "batch": batch, "ema": ema, "guard": guard}
     planned = plan.stage(generator, "diffusion", steps=fit["steps"], optimiser=optimiser, augment=None)
     state = loop.fit(
         "diffusion",
@@ -207,8 +209,8 @@ def train_diffusion(
         key=key,
         ema=tuple(ema),
         prepare=prepare,
-        held_out=lambda: encoded,
-        on_eval=watch(generator, images, held_out, patients, params, in_order=in_order, ema=ema, guard=guard, **fit),
+        held_out=functools.cache(encode_whole),
+        on_eval=None if guard == "off" else watch(generator, images, held_out, patients, params, **how, **fit),
         **fit,
     )
     if not publish_safe(generator, guard, ema):
@@ -223,6 +225,7 @@ def watch(
     params: Any,
     *,
     in_order: Callable,
+    batch: int,
     ema: tuple[float, ...],
     guard: str,
     eval_every: int,
@@ -235,8 +238,8 @@ def watch(
     mu_train = np.load(latents_folder(generator) / "mu.npy", mmap_mode="r")
     of_train, of_held_out = (look.one_per_patient(p) for p in patients)
     chosen = [held_out[i] for i in of_held_out]
-    batch = -(-min(len(chosen), ENCODE_BATCH) // mesh.size()) * mesh.size()
-    mu_held_out = np.concatenate(list(mesh.stream(lambda x: encode(params, x), in_order(chosen, batch))))
+    some = in_order(chosen, min(batch, len(chosen)))
+    mu_held_out = np.concatenate(list(mesh.stream(lambda x: encode(params, x), some)))
 
     @jax.jit
     def draw(unet: Any, params: Any, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -253,6 +256,7 @@ def watch(
         normalise=normalise,
         images=images,
         in_order=in_order,
+        batch=batch,
         folder=generator.workdir / "diffusion",
         average=str(ema[0]) if ema else None,
         every=eval_every,

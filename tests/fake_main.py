@@ -60,7 +60,11 @@ def main(argv):
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0.01")))
     (workdir / "audit").mkdir(exist_ok=True)
     (workdir / "audit" / "audit.json").write_text(json.dumps(audit))
-    (workdir / "quality.json").write_text(json.dumps({"spaces": {"detector": {"synthetic": quality}}}))
+    enabled = flags.get("config.quality.enabled") != "False"
+    judged = (
+        {"spaces": {"detector": {"synthetic": quality}}} if enabled else {"reason": "config.quality.enabled is False"}
+    )
+    (workdir / "quality.json").write_text(json.dumps(judged))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,16 @@ def test_a_study_runs_and_is_not_run_again(tmp_path, capsys):
         ablate.main(["--study=width", "--config=x", f"--workdir={tmp_path}", FAKE])
 
 
+def test_a_study_without_quality_comes_to_its_end(tmp_path, capsys):
+    """Of its measures those of quality are missing, and named so; the others are as ever."""
+    assert ablate.main([*flags("width", tmp_path, "--config.quality.enabled=False"), FAKE]) == 0
+    assert len(rows(tmp_path)) == 9 and {row["kernel"] for row in rows(tmp_path)} == {""}
+    assert "The mean copy rate rises" in capsys.readouterr().out
+    html = (tmp_path / "study.html").read_text()
+    assert html.count("<td>not measured</td>") == 2 * (3 + 9) and "nan" not in html
+    assert {path.name for path in tmp_path.glob("*.png")} == {"factor.png", "plane.png"}
+
+
 def test_one_training_run_is_handed_on(tmp_path):
     assert ablate.main([*flags("steps", tmp_path, "--seeds=2"), FAKE]) == 0
     last = json.loads((tmp_path / "runs" / "04-1600-seed1" / "diffusion" / "steps.json").read_text())
@@ -279,6 +289,13 @@ def test_dry_run_prints_every_command_and_its_cost(tmp_path, capsys, monkeypatch
         return {
             "detector": {**one, "steps": 1, "seconds": {"A100": 3600.0}, "key": "same"},
             "diffusion": {**one, "steps": steps, "key": f"{steps}"},
+            "looks": {
+                **one,
+                "flops": 1e11,
+                "steps": steps // 100,
+                "seconds": {"A100": 36.0 * steps},
+                "key": f"{steps}",
+            },
         }
 
     monkeypatch.setattr(ablate.Work, "cost", cost)
@@ -289,8 +306,8 @@ def test_dry_run_prints_every_command_and_its_cost(tmp_path, capsys, monkeypatch
     assert lines[1].startswith("cp -RL ") and lines[1].endswith("01-200-seed0/diffusion")
     assert lines[2].endswith("--config.sample.n=9") and "--config.train.diffusion.steps=200" in lines[2]
     # the detector is trained once; of 200 steps the first 100 are the run before's
-    assert told[1] == "#   101 TFLOP, A100 101 h; 2 GB" and told[4] == "#   100 TFLOP, A100 100 h; 2 GB"
-    assert told[-1] == "# all 5 runs, without their audits: 1601 TFLOP, A100 1.6e+03 h"
+    assert told[1] == "#   101.1 TFLOP, A100 102 h; 2 GB" and told[4] == "#   100.1 TFLOP, A100 101 h; 2 GB"
+    assert told[-1] == "# all 5 runs, without their audits: 1603 TFLOP, A100 1.62e+03 h"
     ablate.main([*flags("law", tmp_path / "none", "--count")])
     assert capsys.readouterr().out == "12\n"
 

@@ -65,6 +65,16 @@ def test_accumulated_parts_keep_activations_of_one():
         cost.of(dense(), rows, tx=optax.sgd(1.0), accumulate=4, devices=4)
 
 
+def test_a_batch_is_prepared_whole_before_its_parts():
+    """As by a frozen encoder: through 64 times as many numbers, without a gradient."""
+    wide = 64 * D
+    prepare = lambda x, key: jnp.tanh(x @ jnp.ones((D, wide)))[:, :D]
+    plain, prepared = (cost.of(dense(), rows, tx=optax.sgd(1.0), prepare=how, accumulate=4) for how in (None, prepare))
+    assert prepared.flops == plain.flops + 2 * B * D * wide
+    assert B * wide * F32 <= prepared.activations <= 3 * B * wide * F32
+    assert prepared.batch == plain.batch + B * D * F32
+
+
 @pytest.mark.parametrize(("size", "strides"), [((16, 16), 1), ((16, 16), 2), ((8, 8, 8), 1)])
 def test_a_convolution_by_hand(size, strides):
     rank, c, f = len(size), 4, 6
@@ -187,6 +197,7 @@ def test_weights_are_gathered_where_they_are_shared():
 
     whole, parts = (cost.drawing(draw, weights, rows, devices=4, fsdp=fsdp) for fsdp in (1, 4))
     assert (whole.weights, whole.gathered, whole.communication) == (D * D * F32, 0, 0)
+    assert 8 * cost.drawing(draw, weights, rows, devices=3).flops == 9 * whole.flops, "filled up, as when it is run"
     assert parts.weights == whole.weights / 4 and parts.gathered == 3 * parts.weights
     assert parts.communication == 7 * parts.gathered and parts.flops == whole.flops
 
@@ -223,7 +234,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "none").exists()
     found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found) == ["autoencoder", "diffusion", "detector", "sampling"]
+    assert list(found) == ["autoencoder", "diffusion", "looks", "detector", "sampling"]
+    assert found["looks"]["steps"] == 2  # eight steps, and one after every four
     assert all(s["devices"] == 8 and s["flops"] > 0 and s["memory"] > 0 for s in found.values())
     assert found["sampling"]["steps"] == 2  # twelve samples, eight at a time
     assert all(name in done.stdout for name in cost.ACCELERATORS) and "DOES NOT FIT" not in done.stdout

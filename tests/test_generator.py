@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import ldm
-from launch import layers, loop, mesh
+from launch import checkpoint, layers, loop, mesh
 from ldm import autoencoder, diffusion, gan, generator, reconstruction
 from tests.conftest import ROOT
 from tests.test_loop import Killed, _Compiles, assert_same
@@ -152,7 +152,8 @@ def test_a_sample_is_a_function_of_its_number(tmp_path, kind):
     model = build(kind, tmp_path, dict(codes=8) if kind == "ldm" else None)
     for name in ldm.stages(kind):
         train(model, name, steps=2)
-    weights = ldm.load(model, ema=0.9, decays=(0.9,))
+    assert not (tmp_path / "diffusion" / "looks").exists(), "with the guard off nothing is looked for"
+    weights = ldm.load(model, ema=0.9, decays=(0.9,), steps=2, guard="off")
     how = dict(sampler="ddim", steps=3, eta=0.0)
     draw = ldm.sampler(model, weights, key=jax.random.key(1), **how)
     eight, four = draw(np.arange(8)), draw(np.array([11, 5, 2, 7]))
@@ -185,20 +186,30 @@ def test_each_image_is_rendered_with_noise_of_its_own(tmp_path):
     assert abs(same_rows(trip)) < 0.2
 
 
-def test_looks_guard_and_averages_of_volumes_with_two_channels(tmp_path):
+def test_looks_guard_and_averages_of_volumes_with_two_channels(tmp_path, monkeypatch):
+    at_once, plain = [], in_order
+    monkeypatch.setitem(globals(), "in_order", lambda items, batch: at_once.append(batch) or plain(items, batch))
     images = np.tanh(RNG.standard_normal((32, 8, 8, 8, 2))).astype(np.float32)
     net = NET | {"mults": (1,), "attention": (False,)}  # compilation of 3D networks is most of the time
     model = ldm.build("ldm", images.shape[1:], tmp_path, first=FIRST["ldm"], net=net, process=PROCESS)
     train(model, "autoencoder", steps=1, images=images)
     train(model, "diffusion", steps=4, images=images, eval_every=2, ema=(0.1, 0.9), guard="warn")
+    assert max(at_once) == 16, "memory is planned for a stage's own batch"
     folder = tmp_path / "diffusion"
     assert [path.name for path in sorted((folder / "looks").iterdir())] == ["00000002.png", "00000004.png"]
     assert (folder / "last_safe").is_dir(), "nothing is memorized in four steps"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "gap_p_value" in line] == [2, 4]
+    with pytest.raises(
+        ValueError, match=r"diffusion holds weights of step 4, not of config\.train\.diffusion\.steps=9"
+    ):
+        ldm.load(model, ema=0.1, decays=(0.1, 0.9), steps=9, guard="stop")
+    checkpoint.write_json(folder / "guard.json", {"opened_at": 6, "last_safe": 4})
+    with pytest.raises(ValueError, match="run --mode=train to its end"):
+        ldm.load(model, ema=0.1, decays=(0.1, 0.9), steps=9, guard="warn")
     drawn = []
     for ema in (0.1, 0.9):
-        weights = ldm.load(model, ema=ema, decays=(0.1, 0.9))
+        weights = ldm.load(model, ema=ema, decays=(0.1, 0.9), steps=9, guard="stop")
         drawn.append(ldm.sampler(model, weights, key=jax.random.key(1), sampler="ddim", steps=2, eta=0.0)(np.arange(8)))
     assert drawn[0].shape == (8, 8, 8, 8, 2) and np.abs(drawn[0] - drawn[1]).max() > 1e-5
     assert ldm.round_trip(model)(images[:8]).shape == (8, 8, 8, 8, 2)
@@ -207,7 +218,7 @@ def test_looks_guard_and_averages_of_volumes_with_two_channels(tmp_path):
 def test_a_vae_samples_from_its_prior(tmp_path):
     model = build("vae", tmp_path)
     train(model, "vae", steps=2)
-    weights = ldm.load(model, ema=0.9, decays=())
+    weights = ldm.load(model, ema=0.9, decays=(), steps=2, guard="off")
     keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(3)]
     z = jnp.stack([jax.random.normal(key, model.autoencoder.latent_shape) for key in keys])
     expected = jnp.clip(model.autoencoder.decode(weights.autoencoder, z), -1, 1)

@@ -175,6 +175,11 @@ def test_parts_that_devices_cannot_share_are_told(tmp_path):
         run(tmp_path, accumulate=4)
 
 
+def test_a_batch_that_devices_cannot_share_names_its_key(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.train\.toy\.batch=12 must be a multiple of the 8 devices"):
+        run(tmp_path, batches=lambda start: iter([X[:12]]))
+
+
 def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path):
     def poisoned(start):
         for step, batch in enumerate(batches(start), start):

@@ -1,12 +1,15 @@
 """Who started a process, what is told where the environment is half set, and how a CPU is used."""
 
+import os
 import platform
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from launch import machine
+from tests.conftest import ROOT
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
@@ -55,15 +58,70 @@ def test_half_an_environment_is_told(monkeypatch, missing):
 
 def test_our_variables_are_passed_on(monkeypatch):
     called = []
-    monkeypatch.setattr(machine.jax.distributed, "initialize", lambda *args: called.append(args))
+    monkeypatch.setattr(machine.jax.distributed, "initialize", lambda *args, **more: called.append((*args, more)))
     for name, value in (
         ("JAX_COORDINATOR_ADDRESS", "h:1"), ("FACSIMILE_PROCESSES", "4"), ("FACSIMILE_PROCESS", "3"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
     machine.connect("facsimile")
-    machine.connect("slurm")
+    machine.connect("tpu")
     machine.connect(None)
-    assert called == [("h:1", 4, 3), ()]
+    assert called == [("h:1", 4, 3, {"local_device_ids": []}), ({"local_device_ids": None},)]
+
+
+ONE, EIGHT = {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, {"SLURM_STEP_TASKS_PER_NODE": "8(x2),1"}
+ALL = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    ("by", "env", "own"),
+    [
+        ("slurm", ONE | ALL, []),
+        ("slurm", ONE, []),
+        ("slurm", EIGHT | ALL, None),  # the one of its number
+        ("slurm", EIGHT | ALL | {"SLURM_NODEID": "2"}, []),
+        ("slurm", EIGHT | {"CUDA_VISIBLE_DEVICES": "5"}, []),  # bound to it
+        ("slurm", EIGHT | ALL | {"SLURM_GPUS_PER_TASK": "1"}, None),  # --gpu-bind=none
+        ("slurm", {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_PER_TASK": "a100:3", "CUDA_VISIBLE_DEVICES": "3,4,5"}, []),
+        ("slurm", EIGHT, None),  # no GPU
+        ("slurm", ONE | ALL | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),  # the user's word
+        ("slurm", {"SLURM_STEP_TASKS_PER_NODE": "2"} | ALL | {"JAX_PLATFORMS": "cpu"}, None),
+        ("mpi", {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"} | ALL, []),
+        ("mpi", {"OMPI_COMM_WORLD_LOCAL_SIZE": "8"} | ALL, None),
+        ("facsimile", ALL, []),
+        ("kubernetes", ALL, None),
+    ],
+)  # fmt: skip
+def test_a_task_takes_the_gpus_that_are_its_own(monkeypatch, by, env, own):
+    called = []
+    monkeypatch.setattr(machine.jax.distributed, "initialize", lambda *_, **more: called.append(more))
+    ours = {"JAX_COORDINATOR_ADDRESS": "h:1", "FACSIMILE_PROCESSES": "2", "FACSIMILE_PROCESS": "0"}
+    for name, value in ({"SLURM_NODEID": "0"} | ours | env).items():
+        monkeypatch.setenv(name, value)
+    machine.connect(by)
+    assert called == [{"local_device_ids": own}]
+
+
+def test_gpus_that_tasks_would_leave_idle_are_told():
+    with pytest.raises(
+        ValueError, match=r"=0,1,2,3,4,5,6,7 in each of 2 tasks on a node: start one task a node, or one"
+    ):
+        machine.local_devices({"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1"} | ALL, "slurm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tasks", "visible"), [("1", "all"), ("2", "0")])
+def test_what_jax_makes_of_it(tasks, visible):
+    """Of one task a node, and of several: JAX itself, told where to find SLURM's first task."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    env = SLURM | {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    env |= {"SLURM_STEP_TASKS_PER_NODE": tasks, "JAX_COORDINATOR_PORT": port, "JAX_PLATFORMS": "cpu"}
+    code = "from jax._src import xla_bridge as xla; from launch import machine\n"
+    code += "machine.connect('slurm'); print(xla.CUDA_VISIBLE_DEVICES.value)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == visible, done.stderr
 
 
 @pytest.mark.parametrize(

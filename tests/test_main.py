@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import nibabel
 import numpy as np
@@ -216,6 +217,39 @@ def test_training_less_than_was_trained_is_refused(whole, cache):
     done = run(whole, "--mode=train", "--config.train.diffusion.steps=4", cache=cache)
     assert done.returncode == 1
     assert "made with config.train.diffusion.steps=8, not 4" in done.stderr
+
+
+@pytest.mark.slow
+def test_samples_of_more_steps_than_were_trained_are_refused(whole, cache):
+    done = run(whole, "--mode=sample", "--config.train.diffusion.steps=16", cache=cache)
+    assert done.returncode == 1
+    assert "holds weights of step 8, not of config.train.diffusion.steps=16: run --mode=train" in done.stderr
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.1])
+def test_steps_may_grow_where_the_rate_does_not_decay(tmp_path, monkeypatch, decay):
+    """A rate that has decayed would jump, and the stage would pass for one of so many steps from the start."""
+    import main
+    from configs import brain
+
+    config = brain.get_config("tiny")
+    config.train.diffusion.optimiser.decay_to = decay
+    images = types.SimpleNamespace(images=[], patients=[], spacing=None, window=None, top=None, affine=None)
+    monkeypatch.setattr(main.data, "load", lambda **_: {"train": images, "select": images})
+    monkeypatch.setattr(main.data, "content", lambda *_: "content")
+    trained = []
+    monkeypatch.setattr(main.ldm, "train", lambda generator, name, *_, steps, **__: trained.append((name, steps)))
+    monkeypatch.setattr(main, "train_detector", lambda *_, **__: None)
+    main.train(config, tmp_path)
+    config.train.diffusion.steps = 16
+    if decay == 1.0:
+        main.train(config, tmp_path)
+        assert trained[1::2] == [("diffusion", 8), ("diffusion", 16)]
+    else:
+        with pytest.raises(
+            ValueError, match=r"made with config\.train\.diffusion\.steps=8, not 16: use another --workdir"
+        ):
+            main.train(config, tmp_path)
 
 
 @pytest.mark.slow

@@ -128,6 +128,19 @@ def test_put_splits_rows_and_images(mesh_of):
             mesh.rows(6)
 
 
+def test_a_stream_takes_batches_of_any_size(mesh_of):
+    """Also those that the devices do not divide, as of audits and samples on a machine of another kind."""
+    x = np.arange(10.0, dtype=np.float32)[:, None]
+    for size in (1, 3, 4, 10):
+        parts = [x[at : at + size] for at in range(0, 10, size)]
+        batches = [(np.concatenate([p, np.repeat(p[-1:], size - len(p), 0)]), len(p)) for p in parts]
+        with jax.set_mesh(mesh_of(8, 2, 2)):
+            found = list(mesh.stream(jax.jit(lambda x: (2 * x, x[:, 0])), batches))
+        assert [len(both[0]) for both in found] == [len(p) for p in parts]
+        np.testing.assert_array_equal(np.concatenate([both[0] for both in found]), 2 * x)
+        np.testing.assert_array_equal(np.concatenate([both[1] for both in found]), x[:, 0])
+
+
 @pytest.mark.parametrize(("fsdp", "spatial"), [(3, 1), (1, 3), (4, 4), (0, 1), (1, 0)])
 def test_a_mesh_that_does_not_fit_is_told(fsdp, spatial):
     with pytest.raises(ValueError, match=rf"mesh.fsdp={fsdp} times config.mesh.spatial={spatial} must divide the 8"):

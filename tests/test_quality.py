@@ -101,8 +101,9 @@ def test_too_few_patients_are_told_and_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(quality.log, "say", told.append)
     reference, fake = a_set(40, 1, patients=np.repeat(list("abcde"), 8)), a_set(40, 2)
     assert quality.evaluate(reference, {"x": fake}, spaces={}, path=tmp_path / "q.json", **SETTINGS) is None
-    assert told == ["quality: not measured, as the set 'reference' has 5 patients and 8 are needed"]
-    assert not (tmp_path / "q.json").exists()
+    assert told == ["quality: not measured: the set 'reference' has 5 patients and 8 are needed"]
+    why = json.loads((tmp_path / "q.json").read_text())
+    assert why == {"reason": "the set 'reference' has 5 patients and 8 are needed"}, "a study waits for the file"
 
 
 # ---- anyone's features

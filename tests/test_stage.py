@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from launch import checkpoint, stage
@@ -51,6 +53,45 @@ def test_json_refuses_nan_and_leaves_the_old_file(tmp_path):
         checkpoint.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_what_is_there_is_what_the_first_process_sees(tmp_path, monkeypatch):
+    """A disk of several machines may hide a new file from the others for a while."""
+    ask = lambda: [
+        checkpoint.read_json(tmp_path / "x.json"),
+        checkpoint.exists(tmp_path),
+        checkpoint.published(tmp_path),
+    ]
+    checkpoint.write_json(tmp_path / "x.json", {"a": 1})
+    checkpoint.publish(tmp_path, 7, {"a": jnp.zeros(2)})
+    sent = []
+    monkeypatch.setattr(checkpoint.mesh, "from_first", lambda value: sent.append(value) or value)
+    assert ask() == [{"a": 1}, True, 7]
+
+    def received(value):
+        theirs = sent.pop(0)
+        assert (np.shape(value), np.asarray(value).dtype) == (np.shape(theirs), np.asarray(theirs).dtype)
+        return theirs
+
+    monkeypatch.setattr(checkpoint.mesh, "from_first", received)
+    monkeypatch.setattr(checkpoint.Path, "exists", lambda path: False)
+    assert ask() == [{"a": 1}, True, 7] and not sent
+
+
+def test_pods_that_are_all_process_1_do_not_write_over_each_other(tmp_path, monkeypatch):
+    """Two machines at the same file, each with the same process number; and a folder's settings are written once."""
+    machines = iter([types.SimpleNamespace(nodename="pod-a"), types.SimpleNamespace(nodename="pod-b")])
+    monkeypatch.setattr(checkpoint.os, "uname", lambda: next(machines))
+    monkeypatch.setattr(checkpoint.os, "getpid", lambda: 1)
+    aside = []
+    monkeypatch.setattr(checkpoint.os, "replace", lambda source, target: aside.append(source))
+    for _ in range(2):
+        checkpoint.write_json(tmp_path / "x.json", {"a": 1})
+    assert len(set(aside)) == 2 and all(path.name.startswith(".") for path in aside)
+    monkeypatch.undo()
+    stage.claim(tmp_path / "s", {"a": 1})
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: pytest.fail("it is as it was"))
+    stage.claim(tmp_path / "s", {"a": 1})
 
 
 def test_runs_with_the_same_settings_share_a_stage(tmp_path):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch import loop, machine, mesh, preempt
+from launch import checkpoint, loop, machine, mesh, preempt
 
 X = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
 BATCH = 16
@@ -47,6 +47,11 @@ def main(folder: str, steps: str, seconds: str, told_at: str = "0") -> None:
         seen = np.concatenate(list(mesh.stream(lambda x: outputs(state.params, x), batches)))
         assert seen.shape == (BATCH + 3, 16)
         assert mesh.from_first(np.array([jax.process_index()])) == [0]
+        seen_by_first = Path(folder, "checkpoints" if jax.process_index() == 0 else "elsewhere")
+        assert checkpoint.exists(seen_by_first)
+        checkpoint.write_json(Path(folder, "said.json"), {"step": step})
+        told = checkpoint.read_json(Path(folder, "said.json" if jax.process_index() == 0 else "elsewhere"))
+        assert told == {"step": step} and checkpoint.read_json(Path(folder, "nothing")) is None
         return {"seen": float(seen.mean())}, False
 
     with jax.set_mesh(mesh.make()):
