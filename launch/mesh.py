@@ -209,8 +209,8 @@ def stream(fn: Callable, batches: Iterable[tuple[np.ndarray, int]]) -> Iterator[
     """Runs a jitted `fn` over ordered batches (array, number of valid rows); yields host results without the padding.
 
     Every process iterates over the same whole batches, computes its own rows, and receives all of them. A batch that the
-    devices do not divide is filled up with its last row. The next batch is started before the last one is fetched. Raises SystemExit once one of several processes is told to stop, but not
-    while training: see `preempt.stop_together`.
+    devices do not divide is filled up with its last row. The next batch is started before the last one is fetched. Raises
+    SystemExit once one of several processes is told to stop, but not while training: see `preempt.stop_together`.
     """
     waiting = None
     for batch, valid in batches:

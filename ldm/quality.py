@@ -31,8 +31,7 @@ def evaluate(
     """Compares each candidate set with the reference, writes `path` (JSON) and prints one table.
 
     Args:
-      reference, candidates: sets with `images`, `ids` and `patients` ('' where every image is its own, as in synthetic
-        ones).
+      reference, candidates: sets with `images`, `ids` and `patients`; those of synthetic images are the generator's draws.
       spaces: name -> a jitted function images (B, *S, C) -> features (B, D); or a file for `read_features`. The latter's
         are taken as they are. The former's are put on a sphere (`on_sphere`).
       neighbours: k of precision, recall, density and coverage.
@@ -42,18 +41,18 @@ def evaluate(
     """
     sets = {"reference": reference, **candidates}
     for name, one in sets.items():
-        count = len(np.unique(units(one)))
+        count = len(np.unique(one.patients))
         if count < distances.FEWEST:
             return not_measured(path, f"the set {name!r} has {count} patients and {distances.FEWEST} are needed")
     result: dict[str, Any] = {
         "interval": f"95 %, {distances.GROUPS} groups of patients left out in turn",
         "neighbours": neighbours,
-        "sets": {name: {"n": len(one.ids), "n_patients": len(np.unique(units(one)))} for name, one in sets.items()},
+        "sets": {name: {"n": len(one.ids), "n_patients": len(np.unique(one.patients))} for name, one in sets.items()},
         "spaces": {},
     }
     for space, source in spaces.items():
         found = features_of(space, sets, source, in_order, batch)
-        standard = {name: distances.features(found[name], units(one), seed=seed) for name, one in sets.items()}
+        standard = {name: distances.features(found[name], one.patients, seed=seed) for name, one in sets.items()}
         result["spaces"][space] = {
             name: compare(standard["reference"], standard[name], neighbours) for name in candidates
         }
@@ -97,11 +96,6 @@ def before_and_after(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
         else None
     )
     return {"before": of(before), "after": of(after), "reason": reason}
-
-
-def units(one: Any) -> np.ndarray:
-    """The patient of each image; each image's own number where none is known."""
-    return np.where(one.patients == "", np.arange(len(one.patients)).astype(str), one.patients)
 
 
 def features_of(
@@ -219,10 +213,10 @@ def diversity(one: Any, *, in_order: Callable, pairs: int, batch: int, seed: int
     Returns:
       value, ci (by leaving out groups of patients with all their pairs), n_pairs.
     """
-    index = pairs_of(units(one), pairs, seed)
+    index = pairs_of(one.patients, pairs, seed)
     measure = jax.jit(lambda both: similarity.ms_ssim(both[:, 0], both[:, 1]))
     value = np.concatenate(list(mesh.stream(measure, in_order(Pairs(one.images, index), batch)))).astype(np.float64)
-    turn = distances.features(np.zeros((len(one.ids), 1)), units(one), seed=seed).turn[index]
+    turn = distances.features(np.zeros((len(one.ids), 1)), one.patients, seed=seed).turn[index]
     groups = min(distances.GROUPS, int(turn.max()) + 1)
     without = [value[(turn % groups != g).all(1)].mean() for g in range(groups)]
     return figure(distances.jackknife(value.mean(), np.array(without))) | {"n_pairs": len(value)}

@@ -97,8 +97,8 @@ def train_autoencoder(
 
 
 def encode_set(generator: Generator, images: Sequence, *, in_order: Callable, batch: int) -> None:
-    """Encodes the training set once, `batch` images at a time, into `autoencoder/latents`: `mu.npy`, `logvar.npy` (n, *s, c), and `moments.json`
-    with the mean and standard deviation of z per channel (the posterior's own variance included).
+    """Encodes the training set once, `batch` images at a time, into `autoencoder/latents`: `mu.npy`, `logvar.npy` (n, *s,
+    c), and `moments.json` with the mean and standard deviation of z per channel (the posterior's own variance included).
 
     Both posterior moments are kept, so that training draws a fresh z each time: a stored draw would freeze its noise.
     """

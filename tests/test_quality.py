@@ -28,7 +28,7 @@ def a_set(n, seed, patients=None, size=(24, 24), noise=0.15):
     ]
     images = np.clip(2 * np.array(blobs) - 1 + noise * rng.standard_normal((n, *size)), -1, 1).astype(np.float32)
     ids = np.array([f"{seed}-{i}" for i in range(n)])
-    return Set(images[..., None], ids, np.full(n, "") if patients is None else patients)
+    return Set(images[..., None], ids, ids if patients is None else patients)
 
 
 @jax.jit

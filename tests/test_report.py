@@ -495,7 +495,7 @@ def test_top_pairs_and_patients_are_the_audits():
     images = rng.uniform(-1, 1, (9, 4, 5, 1)).astype(np.float32)
     names = np.array([f"i{n}" for n in range(9)])
     train = cohort(images, names, np.array(["b", "a", "c"])[np.arange(9) % 3])
-    synthetic = cohort(images[:6] / 2, names[:6], np.full(6, ""))
+    synthetic = cohort(images[:6] / 2, names[:6], names[:6])
     nearest, sim = np.array([4, 8, 0, 4, 1, 2]), np.array([0.9, 0.2, 0.9, 0.99, 0.1, 0.5])
     flagged = sim > 0.3
     made = report.top_pairs(synthetic, train, nearest, sim, 1 - sim, flagged, 4)
