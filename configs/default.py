@@ -99,7 +99,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "latent": 8,  # latent channels
             "blocks": 1,  # residual blocks per level
             "attention": False,  # self-attention at the smallest level
-            "codes": 0,  # entries of the codebook of a VQ autoencoder; 0: a KL autoencoder
+            "codes": 0,  # entries of the codebook of a VQ autoencoder, whose batches are not accumulated; 0: a KL autoencoder
             "error": "l1",  # of pixels: 'l1' or 'l2'; the weights below are against it
             "kl_weight": 1e-4,  # of the KL divergence per pixel; Rombach et al. 2022: 1e-6, MONAI: see `monai_kl`
             "calibrated": False,  # multiply kl_weight by the error: with 1.0, the evidence lower bound

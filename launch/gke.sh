@@ -4,12 +4,13 @@
 #   launch/gke.sh [--dry_run] study --study=size --config=configs/brain.py --workdir=/disk/size [FLAG ...]
 #   launch/gke.sh [--dry_run] run --config=configs/xray.py:paper --mode=train,sample,audit --workdir=/disk/paper
 #
-# IMAGE: a container with this repository in /facsimile and its requirements installed. CLAIM: a ReadWriteMany volume claim
-# with file locks (Filestore), mounted as /disk. NAME: of the job. study: GPUS a pod (0: none), PODS at a time. run:
-# CLUSTER, TPU (v5litepod-16, v6e-16) and SLICES of xpk; STORAGE: xpk's name of the disk. What is told to stop saves, ends
-# with code 75 and is started again, at most 50 times. `study` given again deletes its job, waits until the job's pods have
-# saved, and makes the job anew, which goes on with what is not done. `python -m launch.ablate ... --collect` writes the
-# result. Of `run` the verdict is in audit.json: to Kubernetes a run that is done is no failure, whatever it found.
+# IMAGE: a container with this repository in /facsimile and its requirements installed, and jax[cuda13] for GPUs (jax[cuda12]
+# with an older driver), jax[tpu] for TPUs. CLAIM: a ReadWriteMany volume claim with file locks (Filestore), mounted as /disk.
+# NAME: of the job. study: GPUS a pod (0: none), PODS at a time. run: CLUSTER, TPU (v5litepod-16, v6e-16) and SLICES of xpk;
+# STORAGE: xpk's name of the disk. What is told to stop saves, ends with code 75 and is started again, at most 50 times.
+# `study` given again deletes its job, waits until the job's pods have saved, and makes the job anew, which goes on with what
+# is not done. `python -m launch.ablate ... --collect` writes the result. Of `run` the verdict is in audit.json: to Kubernetes
+# a run that is done is no failure, whatever it found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${NAME:=facsimile}" "${CLAIM:=disk}" "${GPUS:=1}" "${PODS:=8}" "${SLICES:=1}"

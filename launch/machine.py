@@ -49,19 +49,24 @@ def start(batches: Sequence[int] = (), pixels: int = 1) -> None:
     by = launcher(os.environ, _has_tpu())
     keeps = not asked and use_cores(batches, pixels, alone=by is None)
     connect(by)
-    refuse_a_cpu_for_a_gpu(os.environ, jax.default_backend())
+    refuse_a_cpu_for_a_gpu(os.environ, jax.default_backend(), sorted(glob("/dev/nvidia[0-9]*")))
     if keeps:
         keep_memory()
     preempt.listen(os.environ.get("FACSIMILE_METADATA"))
 
 
-def refuse_a_cpu_for_a_gpu(env: Mapping[str, str], backend: str) -> None:
-    """Raises ValueError where the environment names GPUs and JAX fell back on the CPU, at a thousandth of their speed."""
-    asked = env.get("CUDA_VISIBLE_DEVICES", "")
-    if backend == "cpu" and asked not in ("", "-1", "NoDevFiles") and env.get("JAX_PLATFORMS") != "cpu":
+def refuse_a_cpu_for_a_gpu(env: Mapping[str, str], backend: str, cards: Sequence[str]) -> None:
+    """Raises ValueError where the environment names GPUs, or says nothing of them and this machine has such `cards`, as a pod
+    of Kubernetes does, and JAX fell back on the CPU, at a thousandth of their speed."""
+    asked, given = env.get("CUDA_VISIBLE_DEVICES"), env.get("NVIDIA_VISIBLE_DEVICES", "all")
+    if asked is None:
+        there = f"this machine has GPUs ({cards[0]})" if cards and given not in ("", "void", "none") else None
+    else:
+        there = None if asked in ("", "-1", "NoDevFiles") else f"CUDA_VISIBLE_DEVICES={asked} names GPUs"
+    if there and backend == "cpu" and env.get("JAX_PLATFORMS") != "cpu":
         raise ValueError(
-            f"CUDA_VISIBLE_DEVICES={asked} names GPUs, but JAX sees none and would run on the CPU: install jax[cuda13] or "
-            "jax[cuda12] (docs/studies.md), or ask for the CPU with JAX_PLATFORMS=cpu"
+            f"{there}, but JAX sees none and would run on the CPU: install jax[cuda13] or jax[cuda12] (docs/studies.md), or "
+            "ask for the CPU with JAX_PLATFORMS=cpu"
         )
 
 

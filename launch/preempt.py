@@ -107,7 +107,8 @@ def _note(*_: Any) -> None:
 
 
 def _watch(event: str) -> None:
-    """Raises SIGTERM once what is at the address `event` happens; the request itself waits until it changes."""
+    """Raises SIGTERM once what is at the address `event` happens; the request itself waits until it changes, but for the
+    first one and one after a pause, in which it may have changed."""
     wait = ""
     while True:
         request = urllib.request.Request(event + wait, headers={"Metadata-Flavor": "Google"})
@@ -116,6 +117,7 @@ def _watch(event: str) -> None:
                 value = answer.read().decode().strip()
         except (OSError, http.client.HTTPException):  # no answer, or one that broke off
             time.sleep(AGAIN)
+            wait = ""
             continue
         if value.upper() not in QUIET:
             os.kill(os.getpid(), signal.SIGTERM)

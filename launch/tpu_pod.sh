@@ -63,7 +63,13 @@ run() { # its exit code is main.py's
   for _ in {1..50}; do
     start "$@"
     code=0
-    follow || code=$?
+    set -m # a process group of its own, which ends with this script
+    follow </dev/null & # in the background: SIGTERM waits for the end of what runs in the foreground
+    set +m
+    following=$!
+    trap 'kill -- "-$following" || true' EXIT
+    wait "$following" || code=$?
+    trap - EXIT
     [ "$code" = 75 ] || break
   done
   case $code in 0 | 3 | 4) ;; *) exit "$code" ;; esac

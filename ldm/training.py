@@ -72,9 +72,16 @@ def train_autoencoder(
     """Trains the autoencoder, reports on its reconstructions of `held_out`, and encodes what the UNet is to learn.
 
     An adversary that starts late is a second run of the loop, from the step at which the first one ends.
+
+    Raises:
+      ValueError: for a codebook whose batches come in parts: a dead code would get the mean of a random vector of each.
     """
     folder, model, aims = coder_folder(generator), generator.autoencoder, generator.aims
     if checkpoint.published(folder) != steps:
+        if model.codes and fit.get("accumulate", 1) > 1:
+            raise ValueError(
+                f"config.train.{folder.name}.accumulate={fit['accumulate']}: with config.{folder.name}.codes it must be 1"
+            )
         data = on_images(images, held_out, batches=batches, in_order=in_order, augment=augment, batch=batch)
         tx = plan.stage(generator, folder.name, steps=steps, optimiser=optimiser, augment=None).tx
         alone = int(steps * generator.adversary_from) if aims.adversarial else steps

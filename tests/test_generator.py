@@ -146,6 +146,14 @@ def test_the_adversary_starts_late(tmp_path):
     assert "discriminator" not in generator.load_autoencoder(build("ldm", tmp_path, dict(adversarial=0.5)))
 
 
+def test_a_codebook_wants_its_batches_whole(tmp_path):
+    """Of parts, each would draw a vector of its own for a dead code, and it would go to their mean, where no data is."""
+    with pytest.raises(
+        ValueError, match=r"config\.train\.autoencoder\.accumulate=2: with config\.autoencoder\.codes it must"
+    ):
+        train(build("ldm", tmp_path, dict(codes=8)), "autoencoder", accumulate=2)
+
+
 @pytest.mark.parametrize("kind", ["ldm", "vae", "gan"])
 def test_a_sample_is_a_function_of_its_number(tmp_path, kind):
     """A batch of eight and a later one of four agree where their numbers do; another seed gives other images."""

@@ -127,6 +127,13 @@ def test_what_jax_makes_of_it(tasks, visible):
 @pytest.mark.parametrize(
     ("env", "backend", "refused"),
     [
+        ({"CARD": "/dev/nvidia0"}, "cpu", True),  # a pod of Kubernetes: no variable says so
+        ({"CARD": "/dev/nvidia0", "NVIDIA_VISIBLE_DEVICES": "GPU-1a2b"}, "cpu", True),
+        ({"CARD": "/dev/nvidia0"}, "gpu", False),
+        ({"CARD": "/dev/nvidia0", "JAX_PLATFORMS": "cpu"}, "cpu", False),
+        ({"CARD": "/dev/nvidia0", "CUDA_VISIBLE_DEVICES": ""}, "cpu", False),
+        ({"CARD": "/dev/nvidia0", "NVIDIA_VISIBLE_DEVICES": "void"}, "cpu", False),
+        ({"NVIDIA_VISIBLE_DEVICES": "all"}, "cpu", False),  # NVIDIA's images say so on any machine
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "cpu", True),
         ({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}, "cpu", True),
         ({"CUDA_VISIBLE_DEVICES": "0"}, "gpu", False),
@@ -137,11 +144,13 @@ def test_what_jax_makes_of_it(tasks, visible):
     ],
 )
 def test_gpus_that_were_asked_for_and_are_not_there_are_told(env, backend, refused):
+    cards = [env["CARD"]] if "CARD" in env else []
     if not refused:
-        machine.refuse_a_cpu_for_a_gpu(env, backend)
+        machine.refuse_a_cpu_for_a_gpu(env, backend, cards)
         return
-    with pytest.raises(ValueError, match=r"names GPUs, but JAX sees none.*install jax\[cuda13\]"):
-        machine.refuse_a_cpu_for_a_gpu(env, backend)
+    said = "names GPUs" if "CUDA_VISIBLE_DEVICES" in env else r"this machine has GPUs \(/dev/nvidia0\)"
+    with pytest.raises(ValueError, match=said + r", but JAX sees none.*install jax\[cuda13\]"):
+        machine.refuse_a_cpu_for_a_gpu(env, backend, cards)
 
 
 def test_cores_are_devices_as_far_as_the_batches_divide():

@@ -113,16 +113,17 @@ def test_a_slice_that_was_there_stays(slice_, tools, tmp_path):
 
 
 def test_a_run_on_a_slice_outlives_who_started_it_and_stops_when_told(slice_, tools, tmp_path):
-    (slice_ / "codes").write_text("wait\nwait\n0\n")
+    (slice_ / "codes").write_text("wait\nwait\nwait\n0\n")
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
     command = ["bash", "launch/tpu_pod.sh", "run", *RUN]
 
     def started():
+        before = len(calls(tmp_path)) if (tmp_path / "calls").exists() else 0
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.time() + 120
-        while not (slice_ / "waiting").exists():
+        while not ((slice_ / "waiting").exists() and len(calls(tmp_path)) == before + 2):  # it is followed
             assert time.time() < deadline and process.poll() is None
             time.sleep(0.02)
         (slice_ / "waiting").unlink()
@@ -137,11 +138,12 @@ def test_a_run_on_a_slice_outlives_who_started_it_and_stops_when_told(slice_, to
     assert code == 1 and "a run is there already" in error
     assert script("tpu_pod.sh", "stop", tools=tools)[0] == 0
     assert script("tpu_pod.sh", "follow", tools=tools)[0] == 130
-    second = started()
-    os.killpg(second.pid, signal.SIGTERM)  # as a study does that is told to stop
-    assert second.wait(120) == 75
+    for tell in (os.killpg, os.kill):  # as a study does that is told to stop; and to the script alone
+        process = started()
+        tell(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 75
     said = (slice_ / "runs").read_text().splitlines()
-    assert said == [f"main.py {' '.join(RUN)}", "saved"] * 2
+    assert said == [f"main.py {' '.join(RUN)}", "saved"] * 3
 
 
 def test_a_study_on_kubernetes(tools, tmp_path):

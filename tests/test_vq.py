@@ -1,4 +1,4 @@
-"""The codebook: nearest codes, moving averages stated as a gradient, dead codes, exact under accumulation and devices."""
+"""The codebook: nearest codes, moving averages stated as a gradient, dead codes."""
 
 import jax
 import jax.numpy as jnp
