@@ -63,9 +63,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # images of different patients that are the same image are an error, but for: their ids, a .txt file with an id a line,
     # or 'all'; every report says so
     data.accept_duplicates = ()
-    data.on_error = (
-        "raise"  # or 'skip': unreadable files are counted and left out; not where disk, network or memory fail
-    )
+    # or 'skip': unreadable files are counted and left out; not where disk, network or memory fail
+    data.on_error = "raise"
     data.cache = config_dict.placeholder(str)  # folder of prepared data; None: the user's cache folder
     data.workers = config_dict.placeholder(int)  # processes that read files; None: one for each core
     # Apache Beam reads them instead, with these options: '--runner=DirectRunner --direct_num_workers=4'

@@ -56,18 +56,22 @@ def start(batches: Sequence[int] = (), pixels: int = 1) -> None:
 
 
 def refuse_a_cpu_for_a_gpu(env: Mapping[str, str], backend: str, cards: Sequence[str]) -> None:
-    """Raises ValueError where the environment names GPUs, or says nothing of them and this machine has such `cards`, as a pod
-    of Kubernetes does, and JAX fell back on the CPU, at a thousandth of their speed."""
+    """Raises ValueError where GPUs were asked for, by their numbers or as a pod of Kubernetes that has such `cards`, and JAX
+    fell back on the CPU, at a thousandth of their speed. On any other machine that has some it says so."""
     asked, given = env.get("CUDA_VISIBLE_DEVICES"), env.get("NVIDIA_VISIBLE_DEVICES", "all")
     if asked is None:
         there = f"this machine has GPUs ({cards[0]})" if cards and given not in ("", "void", "none") else None
     else:
         there = None if asked in ("", "-1", "NoDevFiles") else f"CUDA_VISIBLE_DEVICES={asked} names GPUs"
-    if there and backend == "cpu" and env.get("JAX_PLATFORMS") != "cpu":
-        raise ValueError(
-            f"{there}, but JAX sees none and would run on the CPU: install jax[cuda13] or jax[cuda12] (docs/studies.md), or "
-            "ask for the CPU with JAX_PLATFORMS=cpu"
-        )
+    if not there or backend != "cpu" or env.get("JAX_PLATFORMS") == "cpu":
+        return
+    told = (
+        f"{there}, but JAX sees none and takes the CPU: install jax[cuda13] or jax[cuda12] (docs/studies.md), or ask for the "
+        "CPU with JAX_PLATFORMS=cpu"
+    )
+    if asked is not None or "KUBERNETES_SERVICE_HOST" in env:
+        raise ValueError(told)
+    logging.warning("%s", told)
 
 
 @functools.cache

@@ -124,15 +124,19 @@ def test_what_jax_makes_of_it(tasks, visible):
     assert done.stdout.strip() == visible, done.stderr
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
 @pytest.mark.parametrize(
     ("env", "backend", "refused"),
     [
-        ({"CARD": "/dev/nvidia0"}, "cpu", True),  # a pod of Kubernetes: no variable says so
-        ({"CARD": "/dev/nvidia0", "NVIDIA_VISIBLE_DEVICES": "GPU-1a2b"}, "cpu", True),
-        ({"CARD": "/dev/nvidia0"}, "gpu", False),
-        ({"CARD": "/dev/nvidia0", "JAX_PLATFORMS": "cpu"}, "cpu", False),
-        ({"CARD": "/dev/nvidia0", "CUDA_VISIBLE_DEVICES": ""}, "cpu", False),
-        ({"CARD": "/dev/nvidia0", "NVIDIA_VISIBLE_DEVICES": "void"}, "cpu", False),
+        ({**POD, "CARD": "/dev/nvidia0"}, "cpu", True),  # no variable says so
+        ({**POD, "CARD": "/dev/nvidia0", "NVIDIA_VISIBLE_DEVICES": "GPU-1a2b"}, "cpu", True),
+        (POD, "cpu", False),
+        ({**POD, "CARD": "/dev/nvidia0"}, "gpu", False),
+        ({**POD, "CARD": "/dev/nvidia0", "JAX_PLATFORMS": "cpu"}, "cpu", False),
+        ({**POD, "CARD": "/dev/nvidia0", "CUDA_VISIBLE_DEVICES": ""}, "cpu", False),
+        ({**POD, "CARD": "/dev/nvidia0", "NVIDIA_VISIBLE_DEVICES": "void"}, "cpu", False),
         ({"NVIDIA_VISIBLE_DEVICES": "all"}, "cpu", False),  # NVIDIA's images say so on any machine
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "cpu", True),
         ({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}, "cpu", True),
@@ -151,6 +155,17 @@ def test_gpus_that_were_asked_for_and_are_not_there_are_told(env, backend, refus
     said = "names GPUs" if "CUDA_VISIBLE_DEVICES" in env else r"this machine has GPUs \(/dev/nvidia0\)"
     with pytest.raises(ValueError, match=said + r", but JAX sees none.*install jax\[cuda13\]"):
         machine.refuse_a_cpu_for_a_gpu(env, backend, cards)
+
+
+def test_a_workstation_whose_gpu_jax_does_not_see_runs_and_says_so(monkeypatch):
+    """The README's command on a machine with a card, after an installation for CPUs."""
+    told = []
+    monkeypatch.setattr(machine.logging, "warning", lambda text, *args: told.append(text % args))
+    machine.refuse_a_cpu_for_a_gpu({}, "cpu", ["/dev/nvidia0"])
+    assert len(told) == 1 and told[0].startswith("this machine has GPUs (/dev/nvidia0), but JAX sees none")
+    machine.refuse_a_cpu_for_a_gpu({"JAX_PLATFORMS": "cpu"}, "cpu", ["/dev/nvidia0"])
+    machine.refuse_a_cpu_for_a_gpu({}, "cpu", [])
+    assert len(told) == 1
 
 
 def test_cores_are_devices_as_far_as_the_batches_divide():
