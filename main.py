@@ -342,8 +342,7 @@ def caveats_of(config: ConfigDict, sets: dict, synthetic: data.ImageSet) -> list
     said += [detection.CHOSEN] if config.detector.select_on == "val" else []
     real, made = sets["train"].spacing, synthetic.spacing
     if real and made and len(real) == len(made) and not np.allclose(real, made, rtol=0.05):
-        mm = " x ".join(f"{length:.3g}" for length in made), " x ".join(f"{length:.3g}" for length in real)
-        said.append(detection.VOXELS.format(*mm))
+        said.append(detection.VOXELS.format(*(" x ".join(f"{mm:.3g}" for mm in one) for one in (made, real))))
     return list(dict.fromkeys([*said, *sets["train"].notes, *synthetic.notes]))
 
 
@@ -378,8 +377,9 @@ def settings_of(config: ConfigDict, *sections: str) -> dict:
 
 
 def settings_with(config: ConfigDict, content: str | None, *sections: str) -> dict:
-    """`settings_of`, and of which images: so it does not matter where they lie, or how those left out were met."""
-    return settings_of(config, *sections) | {stage.CONTENT: content, "data.path": None, "data.on_error": None}
+    """`settings_of`, and of which images: so it matters not where they lie, who split them, how those left out were met."""
+    told_by_content = dict.fromkeys(("data.path", "data.splits", "data.on_error"))
+    return settings_of(config, *sections) | told_by_content | {stage.CONTENT: content}
 
 
 @contextlib.contextmanager
