@@ -81,16 +81,16 @@ def test_unseen_patients_are_no_copies(sets, tmp_path, seed):
 
 def test_slices_of_a_few_volumes_are_no_many_images(sets, tmp_path):
     """60 innocent slices of 10 volumes: ten draws say little of the generator, and one volume alone accuses nobody."""
-    alone = run(sets, people(100, 60), tmp_path / "alone")
+    alone = run(sets, people(100, 60), tmp_path / "alone", space=PIXELS)
     synthetic = np.concatenate([people(100, 54), 0.9 * sets["train"].images[:6] + 0.1 * people(8, 6)])
-    result = run(sets, synthetic, tmp_path / "volumes", per=6)
+    result = run(sets, synthetic, tmp_path / "volumes", per=6, space=PIXELS)
     assert (alone["n_draws"], result["n_syn"], result["n_draws"]) == (60, 60, 10)
     assert not alone["caveats"] and "parts of 10 draws of the generator" in result["caveats"][0]
     assert result["bounds"]["n_above"] >= 6 and result["bounds"]["at_least"] == 0, (
         "a volume that is near is one that is near"
     )
-    assert run(sets, synthetic, tmp_path / "images")["bounds"]["at_least"] >= 1, "as images they would accuse"
-    again = run(sets, people(100, 60), tmp_path / "alone", per=6)
+    assert run(sets, synthetic, tmp_path / "images", space=PIXELS)["bounds"]["at_least"] >= 1, "as images they would accuse"
+    again = run(sets, people(100, 60), tmp_path / "alone", per=6, space=PIXELS)
     assert alone["verdict"] == "PASS" and again["verdict"] == "INCONCLUSIVE"
     assert again["bounds"]["at_most_rate"] > 0.3 > alone["bounds"]["at_most_rate"]
     low, high = again["calibrated"]["copy_rate_ci"]

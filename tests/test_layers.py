@@ -137,7 +137,7 @@ def test_convolving_what_is_upsampled_by_phases(factors, seed):
     np.testing.assert_allclose(ours, reference_conv(large, kernel, (1,) * rank), rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     size=st.lists(st.integers(3, 9), min_size=2, max_size=3),
     channels=st.sampled_from([2, 32, 64]),

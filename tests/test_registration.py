@@ -68,17 +68,17 @@ def test_what_is_registered_is_small():
     [
         ((4, 256, 256), (4, 70, 70)),
         ((2, 300, 300), (2, 100, 100)),
-        ((8, 512, 512), (4, 70, 70)),
+        ((8, 256, 256), (4, 70, 70)),
         ((1, 24, 24), (1, 24, 24)),
     ],
 )
 def test_thin_volumes_keep_their_planes(size, small):
     assert registration.shape(size) == small
     assert registration.band(size) == pytest.approx(np.array(registration.band((24, 24))) * small[1] / size[1])
-    x = people(6, 8, size)
+    x = people(6, 4, size)
     looks = np.asarray(jax.jit(registration.looks)(x))
     shifted = np.asarray(registration.looks(np.roll(x, size[1] // 40, 1 + 1)))
-    assert looks.shape == (8, *small) and np.isfinite(registration.spectra(looks)).all()
+    assert looks.shape == (4, *small) and np.isfinite(registration.spectra(looks)).all()
     same, other = np.asarray(overlaid(shifted, looks)), np.asarray(overlaid(shifted, np.roll(looks, 1, 0)))
     assert same.min() > other.max() + 0.2
 
