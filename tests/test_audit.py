@@ -89,7 +89,9 @@ def test_slices_of_a_few_volumes_are_no_many_images(sets, tmp_path):
     assert result["bounds"]["n_above"] >= 6 and result["bounds"]["at_least"] == 0, (
         "a volume that is near is one that is near"
     )
-    assert run(sets, synthetic, tmp_path / "images", space=PIXELS)["bounds"]["at_least"] >= 1, "as images they would accuse"
+    assert run(sets, synthetic, tmp_path / "images", space=PIXELS)["bounds"]["at_least"] >= 1, (
+        "as images they would accuse"
+    )
     again = run(sets, people(100, 60), tmp_path / "alone", per=6, space=PIXELS)
     assert alone["verdict"] == "PASS" and again["verdict"] == "INCONCLUSIVE"
     assert again["bounds"]["at_most_rate"] > 0.3 > alone["bounds"]["at_most_rate"]
