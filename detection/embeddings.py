@@ -128,7 +128,7 @@ def of_copies(
     The copies of all kinds follow each other in whole batches, so that few copies of many kinds fill them.
     """
     key = jax.random.key(seed)
-    few = -(-min(batch, len(images)) // mesh.shares()) * mesh.shares()
+    few = min(batch, len(images))
     parts: dict[str, list[np.ndarray]] = {space: [] for space in examined}
 
     def embed(x: jax.Array) -> dict[str, jax.Array]:

@@ -386,7 +386,6 @@ class _Pairs(Sequence):
 
 def _by_batch(fn: Callable, rows: Sequence, batch: int, done: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """`fn` of all rows, so many at a time on all devices; the last batch is filled up with its last row."""
-    batch = -(-batch // mesh.size()) * mesh.size()
 
     def batches():
         for start in range(0, len(rows), batch):
