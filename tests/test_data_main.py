@@ -51,7 +51,8 @@ def test_shared_stages_of_other_images_are_others(tmp_path):
 
 def test_a_data_folder_may_move(tmp_path):
     for path in ("here", "there"):
-        with main.claim(config_of(tmp_path, path=path), tmp_path / "detector", "a", "detector"):
+        config = config_of(tmp_path, path=path, splits=f"{path}.csv")  # and the file that says its splits
+        with main.claim(config, tmp_path / "detector", "a", "detector"):
             pass
     with pytest.raises(ValueError, match=r"made with config\.data\.size=\[32, 32\], not \[16, 16\]"):
         main.claim(config_of(tmp_path, path="there", size=(16, 16)), tmp_path / "detector", "a", "detector").__enter__()
@@ -206,3 +207,21 @@ def test_an_audit_of_images_made_elsewhere_says_what_it_left_out(two_channels):
 
 def test_settings_say_nothing_of_content_until_they_are_claimed(tmp_path):
     assert stage.CONTENT not in main.settings_of(config_of(tmp_path), "detector")
+
+
+def test_volumes_of_which_some_slices_are_judged_are_not_released(tmp_path):
+    """Refused before a detector is trained: the other slices would go out with them."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "made").mkdir()
+    for i in range(30):
+        PIL.Image.fromarray(RNG.integers(0, 255, (16, 16)).astype(np.uint8)).save(tmp_path / "x" / f"{i}.png")
+    np.save(tmp_path / "made" / "v.npy", RNG.integers(0, 255, (6, 16, 16)).astype(np.uint8))
+    config = config_of(tmp_path, path=str(tmp_path / "x"), size=(16, 16), patients="per_image")
+    config.data.fractions = dict.fromkeys(("train", "select", "val", "control"), 0.25)
+    config.audit.synthetic, config.audit.release = str(tmp_path / "made"), str(tmp_path / "out")
+    config.audit.reading.slices = "z:1:3"
+    with pytest.raises(
+        ValueError, match=r"made: audit\.release copies whole files, but audit\.reading\.slices=z:1:3 takes"
+    ):
+        main.audit(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
