@@ -61,12 +61,7 @@ def decide(result: dict[str, Any], policy: dict[str, float]) -> tuple[str, list[
         return "FAIL", [*found, *blind]
 
     blind += missed("audit", power, bounds["by_kind"], policy)
-    if bounds["contradict"]:
-        blind.append(
-            f"at least {bounds['at_least']} of {k} synthetic images are copies, more than the planted ones allow: these "
-            "copies are less similar to their originals than planted ones, so nothing says how many there are at most"
-        )
-    elif bounds["at_most_rate"] > policy["max_copy_rate"]:
+    if bounds["at_most_rate"] > policy["max_copy_rate"] and not bounds["contradict"]:
         blind.append(
             f"up to {percent(bounds['at_most_rate'])} of the synthetic images may be copies; the policy allows {allowed}: "
             f"{bounds['n_above']} of {k} are more similar than {unseen_patients(bounds['rank'], n_val)}, "
@@ -115,7 +110,7 @@ def broken(result: dict[str, Any]) -> list[str]:
 
 def untested(result: dict[str, Any]) -> list[str]:
     """What nothing shows to be in order with them, whatever was found."""
-    negative, doubts = result["negative_control"], []
+    negative, bounds, doubts = result["negative_control"], result["bounds"], []
     if not result["stated"]:
         doubts.append(
             "nobody stated which patients the generator was trained on, and the split by ids need not be its: copies of those "
@@ -125,6 +120,12 @@ def untested(result: dict[str, Any]) -> list[str]:
         doubts.append(
             f"the negative control, of {negative['n_patients']} patients, could not have failed whatever they look like: more "
             "control or unseen patients are needed"
+        )
+    if bounds["contradict"]:
+        doubts.append(
+            f"at least {bounds['at_least']} of {result['n_syn']} synthetic images are copies, more than the planted ones "
+            "allow: these copies are less similar to their originals than planted ones, so nothing says how many there are "
+            "at most"
         )
     return doubts
 

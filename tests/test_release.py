@@ -176,7 +176,9 @@ def test_a_second_look_is_credited_only_with_what_the_filter_missed():
 
 CONTROL = {"n_patients": 60, "flag_rate": 0.05, "nominal": 0.05, "excess_p_value": 0.5, "smallest_excess_p_value": 1e-9}
 MAIN = {
+    "n_syn": 200,
     "stated": True,
+    "bounds": {"at_least": 12, "contradict": False},
     "rendering": {"differs": False, "worst_of": "gradient", "worst_effect": 1.3},
     "negative_control": CONTROL,
 }
@@ -211,6 +213,7 @@ POLICY = {"max_copy_rate": 0.05, "max_patients": 0, "min_recall": 0.8, "min_reca
             "not have failed",
         ),
         ({"stated": False}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "nobody stated"),
+        ({"bounds": {"contradict": True}}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "less similar to their originals"),
         ({}, {"recall": 0.6, "recall_ci": [0.5, 0.7]}, 0, 200, LOOKS, "INCONCLUSIVE", "filter sees 60.0 %"),
         ({}, {"recall": 0.85, "recall_ci": [0.7, 0.9]}, 0, 200, LOOKS, "INCONCLUSIVE", "plant more copies"),
         ({"kinds": [*KINDS, {"kind": "crop", "recall": 0.2}]}, GOOD, 10, 200, LOOKS, "INCONCLUSIVE", "crop (20.0 %)"),
