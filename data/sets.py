@@ -1,4 +1,4 @@
-"""Loads the four sets of patients, or a folder of synthetic images, as lazily read arrays."""
+"""Loads the four sets of patients as lazily read arrays; who is in which, and who says so."""
 
 import functools
 import hashlib
@@ -260,7 +260,7 @@ def planted(path: str | os.PathLike | None, cohort: Mapping | None) -> list[str]
 
 
 def _read_kinds(found: manifest.Manifest, trouble: Trouble | None, **reading):
-    """`_read`; an error names the kinds of series where several are taken together. Who only looks skips bad files."""
+    """`prepared.read`; an error names the kinds of series where several are taken together. Who only looks skips bad files."""
     try:
         return prepared.read(found, **reading)
     except ValueError as error:

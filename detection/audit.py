@@ -202,7 +202,7 @@ def audit(
             seed,
         )
         recall = controls.overall(ours.planted, line, train.patients, chosen_Q, seed)
-        by_kind = [r for r in controls.recalls(ours.planted, line, train.patients, chosen_Q) if r["standard"]]
+        by_kind = controls.by_kind(ours.planted, line, train.patients, chosen_Q)
         n_over, n_kept = int(left.over_K.sum()), int(left.keep_K.sum())
         word, reasons, bound = release.decide(result, recall, by_kind, n_over, n_kept, again, policy)
         said = {"verdict": word, "reasons": reasons, "released": word == "PASS" or (release_anyway and n_kept > 0)}
@@ -269,9 +269,7 @@ def judge(
     seeing = enrichment.ways_of_seeing(n_draws, n_val_patients, lows)
     ways = [(fewest, recall(rare)["recall_ci"][0]), *seeing]
     line = bounds["rank"]
-    by_kind = [
-        row for row in controls.recalls(space.planted, scores[line], train.patients, chosen_Q) if row["standard"]
-    ]
+    by_kind = controls.by_kind(space.planted, scores[line], train.patients, chosen_Q)
     result = {
         "n_train": len(train.ids),
         "n_val": len(val.ids),

@@ -78,6 +78,13 @@ def recalls(
     return rows
 
 
+def by_kind(
+    planted: list[Planted], threshold: float, patients_N: np.ndarray, chosen_Q: np.ndarray
+) -> list[dict[str, Any]]:
+    """`recalls` of the copies that count, a row for each kind."""
+    return recalls([p for p in planted if p.standard], threshold, patients_N, chosen_Q)
+
+
 def seen(planted: Planted, threshold: float, patients_N: np.ndarray, chosen_Q: np.ndarray) -> np.ndarray:
     """Which copies lie at or above `threshold` and point at the patient they were made from: (Q,)."""
     return (planted.sim_Q >= threshold) & (patients_N[planted.nearest_Q] == patients_N[chosen_Q])

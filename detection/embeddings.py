@@ -128,7 +128,6 @@ def of_copies(
     The copies of all kinds follow each other in whole batches, so that few copies of many kinds fill them.
     """
     key = jax.random.key(seed)
-    few = min(batch, len(images))
     parts: dict[str, list[np.ndarray]] = {space: [] for space in examined}
 
     def embed(x: jax.Array) -> dict[str, jax.Array]:
@@ -139,7 +138,7 @@ def of_copies(
         copies = (
             part
             for copy in plants.values()
-            for part in mesh.stream(lambda x, copy=copy: copy(key, x), in_order(images, few))
+            for part in mesh.stream(lambda x, copy=copy: copy(key, x), in_order(images, min(batch, len(images))))
         )
         for part in mesh.stream(embed, filled(copies, batch)):
             for space, rows in part.items():

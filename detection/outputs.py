@@ -43,7 +43,6 @@ def draw(
     """`pairs.png`, unless no `pairs` are wanted, and `histogram.png`."""
     sim_K, index_K = hits.sim[:, 0], hits.index[:, 0]
     top = np.argsort(-sim_K, kind="stable")[:pairs]
-    (folder / "pairs.png").unlink(missing_ok=True)  # of an earlier audit
     captions = [
         (f"{synthetic.ids[i]}  r = {sim_K[i]:.3f}, p = {test.p_K[i]:.3f}", f"nearest: {train.ids[index_K[i]]}")
         for i in top
@@ -57,6 +56,8 @@ def draw(
             test.flagged_K[top],
             f"The {len(top)} most similar pairs: synthetic image, nearest training image, difference (red: flagged as copy)",
         )
+    else:
+        (folder / "pairs.png").unlink(missing_ok=True)  # of an earlier audit
     calibrated, paper, k = result["calibrated"], result["paper"], result["n_syn"]
     figures.histogram(
         folder / "histogram.png",

@@ -40,8 +40,8 @@ SETTINGS = frozenset((
 ))
 SECTIONS = frozenset((
     "verdict", "reasons", "policy", "caveats", "n_train", "n_val", "n_syn", "n_draws", "stated", "n_train_patients",
-    "n_val_patients", "paper", "calibrated", "bounds", "negative_control", "rendering", "power", "positive_control", "spaces", "baselines",
-    "extraction", "membership", "absent", "release", "patients", "histogram", "provenance",
+    "n_val_patients", "paper", "calibrated", "bounds", "negative_control", "rendering", "power", "positive_control",
+    "spaces", "baselines", "extraction", "membership", "absent", "release", "patients", "histogram", "provenance",
 ))
 # Where strings may stand, all made by the code out of its own words and numbers.
 TEXT = frozenset((

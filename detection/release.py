@@ -77,7 +77,8 @@ def without_copies(
 
     Args:
       sim_K, nearest_K: similarity to and index of the nearest training image. p_K, level: of the line. flagged_K, threshold: see
-        `calibrate.calibrated_test`. duplicate_K: see `training_images`. draws_K: the draw of the generator that each is of; no file holds parts of two.
+        `calibrate.calibrated_test`. duplicate_K: see `training_images`. draws_K: the draw of the generator that each
+        is of; no file holds parts of two.
       rows_KxD, search: as the audit's space has them; see `spaces.Space`.
     """
     over_K = sim_K >= line

@@ -142,8 +142,8 @@ def of(
 
 def drawing(draw: Callable, weights: Any, batch: Any, *, devices: int = 1, fsdp: int = 1, spatial: int = 1) -> Cost:
     """The cost of `draw(weights, batch)` without gradients, as in sampling, the batch filled up to a multiple of the devices
-    that split it. Weights are shared as in training, and gathered
-    at every turn of its longest loop (from above: a compiler may gather them once)."""
+    that split it. Weights are shared as in training, and gathered at every turn of its longest loop (from above: a compiler
+    may gather them once)."""
     shares = devices // spatial
     fill = lambda x: jax.ShapeDtypeStruct((-(-x.shape[0] // shares) * shares, *x.shape[1:]), x.dtype)
     batch = jax.tree.map(fill, batch)
